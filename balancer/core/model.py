@@ -1,0 +1,225 @@
+"""The values that the core speaks in. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum
+from typing import NewType
+
+WorkerId = NewType("WorkerId", str)
+ModelName = NewType("ModelName", str)
+Ticket = NewType("Ticket", int)
+"""The number of one ask while it waits and runs; never used twice in a process."""
+
+
+class Endpoint(StrEnum):
+    """What is asked of a model; a worker may be able to do some of it only."""
+
+    CHAT = "/v1/chat/completions"
+    COMPLETIONS = "/v1/completions"
+    EMBEDDINGS = "/v1/embeddings"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What a worker must offer to be given an ask. Asks with equal needs may go to the same workers."""
+
+    model: ModelName
+    endpoint: Endpoint
+    avoid: frozenset[WorkerId] = frozenset()
+    """Workers that failed this request before; void when nobody else serves the model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """What routing needs to know of a request. Never its text."""
+
+    needs: Needs
+    arrived: float
+    """Seconds on the caller's clock; a retry keeps its first arrival, and with it its place in line."""
+    deadline: float
+    """When waiting for room ends in a refusal, on the same clock."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """One serving endpoint as it was configured or found: the unit of routing, health and breaking."""
+
+    id: WorkerId
+    type: str
+    """A row of `worker_types.WORKER_TYPES`; the core does not look inside."""
+    url: str
+    """`http://host:port`, without a path."""
+    cap: int | None = None
+    """At most so many requests at once, whatever the worker says of itself; None: its own word."""
+    only: frozenset[ModelName] = frozenset()
+    """The models that it is configured to serve; empty: all that it reports."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOffer:
+    """One model on one worker."""
+
+    name: ModelName
+    endpoints: frozenset[Endpoint] = frozenset(Endpoint)
+    context_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Condition:
+    """How a worker was when it was last seen."""
+
+    models: tuple[ModelOffer, ...] = ()
+    ready: bool = True
+    """It can generate now. False: it answers, but is loading or has failed."""
+    slots: int | None = None
+    """How many requests it works on at once; None: it does not say."""
+    engine: str = ""
+    state: str = "ready"
+    detail: str = ""
+    hardware: str = ""
+    advice: tuple[str, ...] = ()
+
+
+class Verdict(Enum):
+    """What one attempt says about the worker that ran it."""
+
+    GOOD = "good"
+    BAD = "bad"
+    UNKNOWN = "unknown"
+    """Nothing was learned: the client left, or the request itself was wrong."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measures:
+    """What was measured of one attempt, in seconds and tokens; None: did not happen, or is not known."""
+
+    seconds: float
+    first_byte: float | None = None
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+
+
+# What happens to the dispatcher ...
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    ticket: Ticket
+    ask: Ask
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The holder of a ticket is through with it: it was served, it failed, or the client left the line."""
+
+    ticket: Ticket
+    verdict: Verdict = Verdict.UNKNOWN
+    measures: Measures | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A worker belongs to the room (or its description changed). It gets nothing before it is `Reported`."""
+
+    worker: Worker
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """A worker does not belong to the room any more. What runs on it may finish."""
+
+    worker_id: WorkerId
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """A worker was heard of: it is alive, and this is its condition."""
+
+    worker_id: WorkerId
+    condition: Condition
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A worker does not answer. It gets nothing new until it is `Reported` again."""
+
+    worker_id: WorkerId
+    reason: str
+    """For people: `connection refused`, `no report for 3 s`."""
+    abandon: bool = False
+    """True: what runs on it is lost too (an agent fell silent). A poll that failed proves less."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed: somebody may have waited long enough, some breaker rested long enough."""
+
+
+Event = Arrived | Ended | Seen | Gone | Reported | Lost | Tick
+
+# ... and what it wants done.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One worker that could have been picked, and why it was as likely as it was."""
+
+    worker_id: WorkerId
+    scores: Mapping[str, float]
+    """By scorer name, each 0 to 1."""
+    weight: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """A decision with its reasons: what the log line, the `why` view and the tests read."""
+
+    worker_id: WorkerId
+    candidates: tuple[Candidate, ...]
+    excluded: Mapping[WorkerId, str] = field(default_factory=dict)
+    """Workers of the room that were out of the question, with the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """The ticket now holds a slot on this worker, until it is `Ended`."""
+
+    ticket: Ticket
+    worker: Worker
+    choice: Choice
+
+
+class Refusal(Enum):
+    """Why an ask is turned away."""
+
+    MODEL_NOT_FOUND = "model_not_found"
+    ENDPOINT_NOT_SERVED = "endpoint_not_served"
+    QUEUE_FULL = "queue_full"
+    WAITED_TOO_LONG = "waited_too_long"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refuse:
+    """The ticket is out of the line and gets no slot."""
+
+    ticket: Ticket
+    refusal: Refusal
+    models: tuple[ModelName, ...] = ()
+    """What could be asked for instead, sorted."""
+    retry_after: float = 1.0
+    """Seconds after which a new try has a fair chance."""
+    detail: str = ""
+    """For people: the state of the workers that serve the model, at the moment of refusing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Abandon:
+    """The worker that held this ticket is lost: stop waiting for its answer."""
+
+    ticket: Ticket
+    reason: str
+
+
+Command = Grant | Refuse | Abandon

@@ -1,0 +1,175 @@
+"""The contract between balancer and worker agent: paths, headers, reports, joins, the mDNS record.
+
+Both sides import this module and it imports nothing of theirs, so a change here is a change of the
+protocol: samples under ``tests/wire/samples/`` pin it. Everything that arrives over the network is
+bounded and printable before anyone else sees it, since the other side may be old, broken or hostile.
+Unknown keys are ignored, so that a newer agent can talk to an older balancer.
+
+Pure: bytes and mappings in, values out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Annotated, TypeVar
+
+import orjson
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+WIRE_VERSION = 1
+"""Raised when an older peer could misread a message; peers of another version are refused by name."""
+
+SERVICE_TYPE = "_llm-worker._tcp.local."
+"""mDNS service type of an agent (RFC 6763 7.2: at most 15 characters between the underscore and the dot)."""
+
+REPORT_PATH = "/agent/v1/report"
+"""On the agent: one long-lived answer, a `Report` as JSON per line, at least one a second."""
+
+JOIN_PATH = "/cluster/v1/join"
+"""On the balancer: an agent posts a `Join` and is watched from then on."""
+
+REPORT_INTERVAL_SECONDS = 1.0
+LOST_AFTER_SECONDS = 3.0
+"""Three missed reports (RELIABILITY D2): a dead, frozen or cut-off machine is known within 4 s."""
+
+JOIN_INTERVAL_SECONDS = 10.0
+"""An agent that was told a balancer's address repeats its `Join`, so that a restarted balancer learns it."""
+
+MAX_REPORT_BYTES = 64 * 1024
+REQUEST_ID_HEADER = "X-Request-ID"
+DEFAULT_AGENT_PORT = 4100
+
+INFERENCE_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+"""What an agent relays to its engine. Nothing else of an engine is reachable from the network."""
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("must be printable")
+    return text
+
+
+Word = Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_printable)]
+"""A name or an id as another machine claims it."""
+Line = Annotated[str, Field(max_length=400), AfterValidator(_printable)]
+"""A sentence for people: a reason, a piece of advice."""
+
+
+class WireError(Exception):
+    """The other side sent something that this version of the contract does not allow."""
+
+
+class EngineState(StrEnum):
+    STARTING = "starting"
+    """The process runs and has not generated a token yet (a model is being loaded)."""
+    READY = "ready"
+    """It has really generated a token since it started."""
+    STOPPING = "stopping"
+    RESTING = "resting"
+    """It died; it is started again after a pause that grows."""
+    FAILED = "failed"
+    """It died too often in a short time; it stays down until somebody looks."""
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+_M = TypeVar("_M", bound=_Message)
+
+
+class ServedModel(_Message):
+    """One model that can be asked for by `name` right now."""
+
+    name: Word
+    context_tokens: int | None = Field(default=None, ge=1, le=100_000_000)
+    """Tokens of prompt and answer together that one request may hold; None: not known."""
+    paths: tuple[Word, ...] = ("/v1/chat/completions", "/v1/completions")
+    """Which of `INFERENCE_PATHS` work for it."""
+
+
+class Report(_Message):
+    """What an agent says of itself, each second and on every change."""
+
+    wire: int = WIRE_VERSION
+    id: Word
+    """Stable over restarts of the agent, unique in the room."""
+    state: EngineState
+    engine: Word
+    """`llama.cpp`, `mlx` or `vllm`."""
+    models: tuple[ServedModel, ...] = Field(default=(), max_length=256)
+    """Empty unless the state is READY."""
+    slots: int = Field(ge=1, le=4096)
+    """How many requests the engine works on at once."""
+    running: int = Field(default=0, ge=0, le=100_000)
+    """Requests that the agent holds open towards the engine now."""
+    hardware: Line = ""
+    """For people: `Apple M2 Ultra, 192 GiB` or `4 x86_64 cores, 16 GiB`."""
+    detail: Line = ""
+    """Why the state is what it is, with what to do next where something is wrong."""
+    advice: tuple[Line, ...] = Field(default=(), max_length=8)
+    """What would serve better on this machine and how to get it."""
+
+    def to_line(self) -> bytes:
+        """One line of the report stream, newline included."""
+        return self.model_dump_json().encode() + b"\n"
+
+    @classmethod
+    def from_line(cls, line: bytes) -> Report:
+        """Raises `WireError` with a sentence that names what was wrong and the peer's version."""
+        return _parse(cls, line)
+
+
+class Join(_Message):
+    """An agent asks a balancer, whose address it was told, to watch it."""
+
+    wire: int = WIRE_VERSION
+    id: Word
+    port: int = Field(ge=1, le=65535)
+    """Where the agent listens, on the address from which this message comes."""
+
+
+def parse_join(body: bytes) -> Join:
+    """Raises `WireError`."""
+    return _parse(Join, body)
+
+
+def txt_record(agent_id: str) -> dict[str, str]:
+    """What an agent's mDNS record says beside address and port; each string within RFC 6763's 255 bytes."""
+    return {"v": str(WIRE_VERSION), "id": agent_id}
+
+
+def parse_txt(properties: Mapping[bytes, bytes | None]) -> str:
+    """The agent's id from its TXT record.
+
+    Raises `WireError` for a record of another version, or one without a usable id.
+    """
+    version = _text(properties.get(b"v"))
+    if version != str(WIRE_VERSION):
+        raise WireError(f"its record speaks wire version {version or 'unknown'}, this side {WIRE_VERSION}")
+    agent_id = _text(properties.get(b"id"))
+    if not agent_id or len(agent_id) > 128 or not agent_id.isprintable():
+        raise WireError("its record has no usable id")
+    return agent_id
+
+
+def _text(value: bytes | None) -> str:
+    return (value or b"").decode("utf-8", "replace")
+
+
+def _parse(kind: type[_M], data: bytes) -> _M:
+    if len(data) > MAX_REPORT_BYTES:
+        raise WireError(f"a message of {len(data)} bytes, at most {MAX_REPORT_BYTES} are read")
+    try:
+        fields = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise WireError(f"not JSON: {error.msg} at byte {error.pos}") from None
+    if isinstance(fields, dict) and fields.get("wire", WIRE_VERSION) != WIRE_VERSION:
+        raise WireError(f"it speaks wire version {str(fields['wire'])[:16]}, this side {WIRE_VERSION}: update the older one")
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the message"
+        raise WireError(f"{where}: {first['msg']}") from None
