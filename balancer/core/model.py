@@ -101,6 +101,40 @@ class Measures:
     output_tokens: int | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One relay of a request to one worker, after the fact."""
+
+    worker_id: WorkerId
+    cause: str | None
+    """A `retry.Cause` value; None: answered."""
+    detail: str = ""
+    """For people: what the worker or the connection to it said. Never a part of prompt or answer."""
+    measures: Measures
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """The record left of a finished request: metrics, access log and dashboards read only this."""
+
+    request_id: str
+    model: ModelName
+    endpoint: Endpoint
+    stream: bool
+    client: str
+    """The address it came from."""
+    attempts: tuple[Attempt, ...]
+    queue_seconds: float
+    seconds: float
+    """From the whole body's arrival to the last byte handed to the client's connection."""
+    status: int
+    """As sent; 499 for a client that left (nginx's convention; nobody received it)."""
+    error: str = ""
+    """The error's code, for counting; empty: none."""
+    choice: Choice | None = None
+    """The last placement, with its reasons."""
+
+
 # What happens to the dispatcher ...
 
 
@@ -117,6 +151,10 @@ class Ended:
     ticket: Ticket
     verdict: Verdict = Verdict.UNKNOWN
     measures: Measures | None = None
+    unreachable: bool = False
+    """No connection came about: the worker gets nothing more until it is `Reported`."""
+    hold_seconds: float | None = None
+    """The worker asked to be left alone for so long (Retry-After)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +233,7 @@ class Refusal(Enum):
     """Why an ask is turned away."""
 
     MODEL_NOT_FOUND = "model_not_found"
+    ROOM_EMPTY = "room_empty"
     ENDPOINT_NOT_SERVED = "endpoint_not_served"
     QUEUE_FULL = "queue_full"
     WAITED_TOO_LONG = "waited_too_long"

@@ -1,0 +1,114 @@
+"""What can go wrong with a request, sorted by whose fault it is. Pure.
+
+The class decides the HTTP status, whether the client should try again, and whether a worker's record
+suffers. A worker's own words travel as the message; a dialect gives the error its shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class RequestError(Exception):
+    """A request that ends without an answer. `status` and `code` are HTTP's and OpenAI's."""
+
+    status = 500
+    code: str | None = None
+    type = "server_error"
+    param: str | None = None
+    retry_after: float | None = None
+    """Seconds after which a new try has a fair chance; None: trying again changes nothing."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+# The client's fault: nothing about any worker is learned, and the same request will fail again.
+
+
+class BadRequest(RequestError):
+    status, type = 400, "invalid_request_error"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class Forbidden(RequestError):
+    status, type, code = 403, "invalid_request_error", "source_not_allowed"
+
+
+class NotFound(RequestError):
+    status, type, code = 404, "invalid_request_error", "not_found"
+
+
+class ModelNotFound(RequestError):
+    status, type, code, param = 404, "invalid_request_error", "model_not_found", "model"
+
+    def __init__(self, model: str, models: Sequence[str]) -> None:
+        there = ", ".join(models[:20]) + (", ..." if len(models) > 20 else "")
+        super().__init__(
+            f"The model {model!r} is not served here. Models that are: {there}."
+            if models
+            else f"The model {model!r} is not served here; no worker serves any model yet."
+        )
+
+
+class MethodNotAllowed(RequestError):
+    status, type, code = 405, "invalid_request_error", "method_not_allowed"
+
+
+class BodyTimeout(RequestError):
+    status, type, code = 408, "invalid_request_error", "request_timeout"
+
+
+class BodyTooLarge(RequestError):
+    status, type, code = 413, "invalid_request_error", "request_too_large"
+
+
+class UnsupportedMedia(RequestError):
+    status, type, code = 415, "invalid_request_error", "unsupported_media_type"
+
+
+class Rejected(RequestError):
+    """A worker read the request and says that it is wrong (a prompt longer than its context, say)."""
+
+    type = "invalid_request_error"
+
+    def __init__(self, status: int, message: str, *, code: str | None, param: str | None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.param = param
+
+
+# The room's fault: nobody has room, or nobody is there. A later try may succeed.
+
+
+class QueueFull(RequestError):
+    status, type, code = 429, "rate_limit_error", "queue_full"
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class NoRoom(RequestError):
+    status, code = 503, "no_worker_available"
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+# The workers' fault, after every retry that was allowed.
+
+
+class WorkerFailed(RequestError):
+    status, code = 502, "worker_failed"
+
+
+class TimedOut(RequestError):
+    status, type, code = 504, "server_error", "timeout"

@@ -1,0 +1,85 @@
+"""What follows a failed attempt: again elsewhere after a pause, or the end. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from balancer.core.model import Verdict, WorkerId
+
+
+class Cause(Enum):
+    """How an attempt failed. What each says about the worker, and whether another may try, are in CAUSES."""
+
+    UNREACHABLE = "unreachable"
+    """No connection came about: nothing was sent."""
+    BROKE = "broke"
+    """The connection ended, or what came was no complete answer; nothing of it reached the client."""
+    ERRED = "erred"
+    """The worker says that it failed: a 5xx, or an error in place of an answer."""
+    BUSY = "busy"
+    """The worker has no room or is loading: 429 or 503."""
+    SILENT = "silent"
+    """No byte for longer than the read timeout."""
+    LOST = "lost"
+    """Its machine fell silent while it worked."""
+    CUT = "cut"
+    """It failed after a part of the answer had reached the client: too late to start over."""
+    OVERDUE = "overdue"
+    """The time that a request may take as a whole is over."""
+    REJECTED = "rejected"
+    """The worker read the request and says that the request is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Consequence:
+    verdict: Verdict
+    again: bool
+
+
+CAUSES: dict[Cause, Consequence] = {
+    Cause.UNREACHABLE: Consequence(Verdict.BAD, again=True),
+    Cause.BROKE: Consequence(Verdict.BAD, again=True),
+    Cause.ERRED: Consequence(Verdict.BAD, again=True),
+    Cause.BUSY: Consequence(Verdict.UNKNOWN, again=True),
+    Cause.SILENT: Consequence(Verdict.BAD, again=True),
+    Cause.LOST: Consequence(Verdict.BAD, again=True),
+    Cause.CUT: Consequence(Verdict.BAD, again=False),
+    Cause.OVERDUE: Consequence(Verdict.UNKNOWN, again=False),
+    Cause.REJECTED: Consequence(Verdict.UNKNOWN, again=False),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    max_retries: int = 3
+    base_seconds: float = 0.5
+    longest_seconds: float = 8.0
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """One failed attempt."""
+
+    worker_id: WorkerId
+    cause: Cause
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    delay: float
+    avoid: frozenset[WorkerId]
+
+
+def after(policy: RetryPolicy, tried: Sequence[Tried], chance: float) -> Again | None:
+    """What to do after these attempts, the last of which has just failed; None: give up.
+
+    The pause before retry i (from 0) is drawn from 0 to base * 2**i seconds: full jitter, so that the
+    clients of a worker that died do not come back as one (AWS Builders' Library, "Timeouts, retries and
+    backoff with jitter"). `chance` is uniform in [0, 1).
+    """
+    if not CAUSES[tried[-1].cause].again or len(tried) > policy.max_retries:
+        return None
+    longest = min(policy.base_seconds * 2.0 ** (len(tried) - 1), policy.longest_seconds)
+    return Again(chance * longest, frozenset(attempt.worker_id for attempt in tried))

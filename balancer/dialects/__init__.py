@@ -1,0 +1,1 @@
+"""Client-side APIs: bytes to asks and back. Pure."""

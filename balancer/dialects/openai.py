@@ -1,0 +1,500 @@
+"""The OpenAI API: requests to asks, workers' answers to what the client expects. Pure.
+
+A request's body is never passed on as it came: engines take parameters that can load other models, run
+templates or crash them (RELIABILITY D9), so it is rebuilt from the fields listed here. What is not listed
+is left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from balancer.core.errors import BadRequest, RequestError
+from balancer.core.model import Endpoint, ModelName, ModelOffer
+
+Json = dict[str, Any]
+
+DONE = b"[DONE]"
+MAX_MESSAGES = 2000
+MAX_CHOICES = 8
+
+
+# Requests
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """What a field may hold: the words for an error message, and the test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def _number(low: float, high: float) -> Expectation:
+    return Expectation(
+        f"a number from {low:g} to {high:g}",
+        lambda value: isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high,
+    )
+
+
+def _integer(low: int, high: int) -> Expectation:
+    return Expectation(
+        f"an integer from {low} to {high}",
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high,
+    )
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_tokens(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(item, int) and not isinstance(item, bool) for item in value
+    )
+
+
+BOOLEAN = Expectation("true or false", lambda value: isinstance(value, bool))
+TEXT = Expectation("a string", lambda value: isinstance(value, str))
+OBJECT = Expectation("an object", lambda value: isinstance(value, dict))
+OBJECTS = Expectation(
+    "an array of objects",
+    lambda value: isinstance(value, list) and all(isinstance(item, dict) for item in value),
+)
+TEXT_OR_OBJECT = Expectation("a string or an object", lambda value: isinstance(value, str | dict))
+STOPS = Expectation(
+    "a string or an array of at most 16 strings",
+    lambda value: isinstance(value, str) or (_is_texts(value) and len(value) <= 16),
+)
+PROMPT = Expectation(
+    "a string, an array of strings, or an array of tokens",
+    lambda value: (
+        isinstance(value, str)
+        or (
+            isinstance(value, list)
+            and bool(value)
+            and (_is_texts(value) or _is_tokens(value) or all(_is_tokens(item) and item for item in value))
+        )
+    ),
+)
+TOKEN_LIMIT = _integer(1, 10_000_000)
+
+_SAMPLING: Mapping[str, Expectation] = {
+    "frequency_penalty": _number(-2, 2),
+    "logit_bias": OBJECT,
+    "max_tokens": TOKEN_LIMIT,
+    "n": _integer(1, MAX_CHOICES),
+    "presence_penalty": _number(-2, 2),
+    "seed": _integer(-(2**63), 2**63 - 1),
+    "stop": STOPS,
+    "stream": BOOLEAN,
+    "stream_options": OBJECT,
+    "temperature": _number(0, 100),
+    "top_p": _number(0, 1),
+    "user": TEXT,
+    # Not OpenAI's, but all three engines and Ollama's and LM Studio's users know them:
+    "min_p": _number(0, 1),
+    "top_k": _integer(-1, 1_000_000),
+    "repeat_penalty": _number(0, 100),
+    "repetition_penalty": _number(0, 100),
+}
+
+FIELDS: Mapping[Endpoint, Mapping[str, Expectation]] = {
+    Endpoint.CHAT: {
+        **_SAMPLING,
+        "logprobs": BOOLEAN,
+        "max_completion_tokens": TOKEN_LIMIT,
+        "messages": OBJECTS,
+        "parallel_tool_calls": BOOLEAN,
+        "reasoning_effort": TEXT,
+        "response_format": OBJECT,
+        "tool_choice": TEXT_OR_OBJECT,
+        "tools": OBJECTS,
+        "top_logprobs": _integer(0, 20),
+    },
+    Endpoint.COMPLETIONS: {
+        **_SAMPLING,
+        "best_of": _integer(1, MAX_CHOICES),
+        "echo": BOOLEAN,
+        "logprobs": _integer(0, 20),
+        "max_tokens": _integer(0, 10_000_000),
+        "prompt": PROMPT,
+        "suffix": TEXT,
+    },
+    Endpoint.EMBEDDINGS: {
+        "dimensions": _integer(1, 1_000_000),
+        "encoding_format": Expectation('"float" or "base64"', lambda value: value in ("float", "base64")),
+        "input": PROMPT,
+        "user": TEXT,
+    },
+}
+REQUIRED: Mapping[Endpoint, str] = {
+    Endpoint.CHAT: "messages",
+    Endpoint.COMPLETIONS: "prompt",
+    Endpoint.EMBEDDINGS: "input",
+}
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A request that was found to be right."""
+
+    endpoint: Endpoint
+    model: ModelName
+    fields: Json
+    """What of it goes to a worker; without model and stream."""
+    stream: bool
+    usage_wanted: bool
+    """The client asked for the usage event at the end of a stream."""
+
+    def to_worker(self, model: str, *, stream: bool) -> bytes:
+        """The body for a worker that calls the model so. Streams always end with their usage."""
+        body = {"model": model, **self.fields}
+        if stream:
+            options = self.fields.get("stream_options") or {}
+            body |= {"stream": True, "stream_options": {**options, "include_usage": True}}
+        return orjson.dumps(body)
+
+
+def parse(endpoint: Endpoint, body: bytes) -> Request:
+    """Raises `BadRequest` that names the field and what was expected of it."""
+    try:
+        fields = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(
+            f"The body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}."
+        ) from None
+    if not isinstance(fields, dict):
+        raise BadRequest("The body must be a JSON object.")
+    model = fields.get("model")
+    if model is None:
+        raise BadRequest("'model' is missing: name one that GET /v1/models lists.", param="model")
+    if not isinstance(model, str) or not 0 < len(model) <= 256:
+        raise BadRequest("'model' must be a string of 1 to 256 characters.", param="model")
+    kept: Json = {}
+    for name, expectation in FIELDS[endpoint].items():
+        value = fields.get(name)
+        if value is None:
+            continue
+        if not expectation.holds(value):
+            raise BadRequest(f"'{name}' must be {expectation.words}.", param=name)
+        kept[name] = value
+    required = REQUIRED[endpoint]
+    if not kept.get(required):
+        raise BadRequest(f"'{required}' is missing or empty.", param=required)
+    if endpoint is Endpoint.CHAT:
+        _check_messages(kept["messages"])
+    stream = bool(kept.pop("stream", False))
+    if "stream_options" in kept and not stream:
+        raise BadRequest("'stream_options' is only allowed when 'stream' is true.", param="stream_options")
+    usage_wanted = bool(kept.get("stream_options", {}).get("include_usage"))
+    return Request(
+        endpoint=endpoint, model=ModelName(model), fields=kept, stream=stream, usage_wanted=usage_wanted
+    )
+
+
+def _check_messages(messages: list[Json]) -> None:
+    if len(messages) > MAX_MESSAGES:
+        raise BadRequest(f"'messages' has {len(messages)} entries, at most {MAX_MESSAGES}.", param="messages")
+    for index, message in enumerate(messages):
+        where = f"messages[{index}]"
+        if message.get("role") not in ROLES:
+            roles = ", ".join(sorted(ROLES))
+            raise BadRequest(f"'{where}.role' must be one of {roles}.", param=f"{where}.role")
+        content = message.get("content")
+        if content is None:
+            if message["role"] != "assistant":
+                raise BadRequest(f"'{where}.content' is missing.", param=f"{where}.content")
+        elif not isinstance(content, str) and not OBJECTS.holds(content):
+            raise BadRequest(
+                f"'{where}.content' must be a string or an array of content parts.", param=f"{where}.content"
+            )
+
+
+# Answers
+
+_FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
+_ERROR = re.compile(rb'^\s*\{\s*"error"\s*:')
+_USAGE = b'"usage"'
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+
+
+class AnswerError(Exception):
+    """What came is not an answer: the worker reports an error in its place, or it makes no sense."""
+
+
+@dataclass(slots=True)
+class StreamReader:
+    """Reads the events of one streamed answer as they pass, parsing no more of them than it must.
+
+    `read` gives each event as the client shall have it, or None for one that is not for the client.
+    """
+
+    model: str
+    """The public name: what the worker calls the model does not reach the client."""
+    usage_wanted: bool
+    begun: bool = False
+    """Something of the answer itself has come. What comes before (a role, nothing yet) can be had again."""
+    finished: bool = False
+    """A `finish_reason` was seen: the answer is whole."""
+    done: bool = False
+    """`[DONE]` was seen: nothing follows."""
+    usage: Usage = field(default_factory=Usage)
+    _their_model: re.Pattern[bytes] | None = None
+    _our_model: bytes = b""
+    _looked: bool = False
+
+    def read(self, event: bytes) -> bytes | None:
+        """Raises `AnswerError`."""
+        if event == DONE:
+            self.done = True
+            return None
+        if _ERROR.match(event):
+            raise AnswerError(error_message(event))
+        if self.begun and _USAGE not in event:
+            if not self.finished and _FINISHED.search(event):
+                self.finished = True
+            return self._renamed(event)
+        return self._read_closely(event)
+
+    def _read_closely(self, event: bytes) -> bytes | None:
+        chunk = parse_chunk(event)
+        if not self._looked:
+            self._learn_name(chunk)
+        choices = chunk["choices"]
+        self.begun = self.begun or any(_says_something(choice) for choice in choices)
+        self.finished = self.finished or any(choice.get("finish_reason") for choice in choices)
+        if chunk.get("usage"):
+            self.usage = read_usage(chunk)
+            if not choices and not self.usage_wanted:
+                return None
+        return self._renamed(event)
+
+    def _learn_name(self, chunk: Json) -> None:
+        self._looked = True
+        theirs = chunk.get("model")
+        if isinstance(theirs, str) and theirs != self.model:
+            # Inside a JSON string each quote is escaped, so this cannot match a part of the answer's text.
+            self._their_model = re.compile(rb'"model"\s*:\s*' + re.escape(orjson.dumps(theirs)))
+            self._our_model = b'"model":' + orjson.dumps(self.model)
+
+    def _renamed(self, event: bytes) -> bytes:
+        if self._their_model is None:
+            return event
+        return self._their_model.sub(lambda _: self._our_model, event, count=1)
+
+
+@dataclass(slots=True)
+class Assembly:
+    """Puts a streamed answer together again, for a client that did not ask for a stream.
+
+    Deltas are merged by shape, not by a list of known fields, so that what an engine adds
+    (`reasoning_content`, say) arrives too: strings are joined, objects merged, arrays whose items carry an
+    `index` merged by it, others extended.
+    """
+
+    endpoint: Endpoint
+    model: str
+    _head: Json = field(default_factory=dict)
+    _choices: dict[int, Json] = field(default_factory=dict)
+    _tail: Json = field(default_factory=dict)
+
+    def add(self, event: bytes) -> None:
+        """One event's data, not `[DONE]`. Raises `AnswerError`."""
+        chunk = parse_chunk(event)
+        for key, value in chunk.items():
+            if key in ("choices", "object", "model") or value is None:
+                continue
+            if key in ("usage", "timings"):
+                self._tail[key] = value
+            else:
+                self._head.setdefault(key, value)
+        for choice in chunk["choices"]:
+            index = choice.get("index", 0)
+            merge(self._choices.setdefault(index, {}), {k: v for k, v in choice.items() if k != "index"})
+
+    def result(self) -> Json:
+        """The answer as it would have come in one piece."""
+        is_chat = self.endpoint is Endpoint.CHAT
+        finished = [
+            (_chat_choice if is_chat else _text_choice)(index, choice)
+            for index, choice in sorted(self._choices.items())
+        ]
+        kind = "chat.completion" if is_chat else "text_completion"
+        return {**self._head, "object": kind, "model": self.model, "choices": finished, **self._tail}
+
+
+def _chat_choice(index: int, choice: Json) -> Json:
+    message = {"role": "assistant", "content": None, **choice.get("delta", {})}
+    calls = message.get("tool_calls")
+    if calls:
+        message["tool_calls"] = [{k: v for k, v in call.items() if k != "index"} for call in calls]
+    elif message["content"] is None:
+        message["content"] = ""
+    rest = {key: value for key, value in choice.items() if key not in ("delta", "finish_reason")}
+    return {"index": index, "message": message, "finish_reason": choice.get("finish_reason")} | rest
+
+
+def _text_choice(index: int, choice: Json) -> Json:
+    return {"index": index, "text": "", "logprobs": None, "finish_reason": None} | choice
+
+
+_SAID_ONCE = frozenset({"role", "id", "type", "finish_reason"})
+
+
+def merge(whole: Json, part: Json) -> None:
+    """Adds a delta to what has come so far; None says nothing."""
+    for key, value in part.items():
+        if value is None:
+            continue
+        before = whole.get(key)
+        if isinstance(value, str) and isinstance(before, str) and key not in _SAID_ONCE:
+            whole[key] = before + value
+        elif isinstance(value, dict):
+            target = before if isinstance(before, dict) else whole.setdefault(key, {})
+            merge(target, value)
+        elif isinstance(value, list):
+            items = before if isinstance(before, list) else whole.setdefault(key, [])
+            _merge_items(items, value)
+        else:
+            whole[key] = value
+
+
+def _merge_items(whole: list[Any], part: Iterable[Any]) -> None:
+    for item in part:
+        index = item.get("index") if isinstance(item, dict) else None
+        same = next((old for old in whole if isinstance(old, dict) and old.get("index") == index), None)
+        if index is None or same is None:
+            whole.append(item)
+        else:
+            merge(same, item)
+
+
+def parse_chunk(event: bytes) -> Json:
+    """One event of a stream as an object whose `choices` are objects. Raises `AnswerError`."""
+    try:
+        chunk = orjson.loads(event)
+    except orjson.JSONDecodeError:
+        raise AnswerError("an event of its stream is not JSON") from None
+    if not isinstance(chunk, dict):
+        raise AnswerError("an event of its stream is not an object")
+    if chunk.get("error"):
+        raise AnswerError(error_message(event))
+    choices = chunk.setdefault("choices", [])
+    if not OBJECTS.holds(choices):
+        raise AnswerError("an event of its stream has no proper choices")
+    return chunk
+
+
+def parse_whole(body: bytes, model: str) -> tuple[Json, Usage]:
+    """An answer that came in one piece, under its public model name. Raises `AnswerError`."""
+    try:
+        answer = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        raise AnswerError("its answer is not JSON") from None
+    if not isinstance(answer, dict) or not ("choices" in answer or "data" in answer):
+        raise AnswerError(error_message(body))
+    return answer | {"model": model}, read_usage(answer)
+
+
+def read_usage(answer: Json) -> Usage:
+    """Counts as the worker gives them; absurd ones are not believed."""
+    usage = answer.get("usage")
+    if not isinstance(usage, dict):
+        return Usage()
+    return Usage(_count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")))
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 10**8 else None
+
+
+def _says_something(choice: Json) -> bool:
+    if choice.get("finish_reason") or choice.get("text"):
+        return True
+    delta = choice.get("delta")
+    return isinstance(delta, dict) and any(value for key, value in delta.items() if key != "role")
+
+
+# Errors
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerComplaint:
+    """What a worker's error body says."""
+
+    message: str
+    code: str | None
+    param: str | None
+
+
+def read_complaint(body: bytes) -> WorkerComplaint:
+    """Any of the forms that OpenAI-compatible servers use: `{"error": {...}}`, `{"error": "..."}`, text."""
+    try:
+        fields = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        fields = None
+    error = fields.get("error", fields) if isinstance(fields, dict) else None
+    if isinstance(error, str):
+        return WorkerComplaint(_sentence(error), None, None)
+    if not isinstance(error, dict):
+        return WorkerComplaint("It gave no reason.", None, None)
+    message = error.get("message") or error.get("detail")
+    code = error.get("code")
+    if error.get("type") == "exceed_context_size_error":  # llama.cpp; OpenAI's clients know it by this code
+        code = "context_length_exceeded"
+    param = error.get("param")
+    return WorkerComplaint(
+        _sentence(message) if isinstance(message, str) else "It gave no reason.",
+        code if isinstance(code, str) else None,
+        param if isinstance(param, str) else None,
+    )
+
+
+def error_message(body: bytes) -> str:
+    return read_complaint(body).message
+
+
+def _sentence(text: str) -> str:
+    """A worker's words, cut to a length and rid of control characters, since they may reach a terminal."""
+    return "".join(c if c.isprintable() else " " for c in text[:500]).strip() or "It gave no reason."
+
+
+def error_body(error: RequestError) -> bytes:
+    """The error as OpenAI's SDKs expect it."""
+    return orjson.dumps(
+        {
+            "error": {
+                "message": error.message,
+                "type": error.type,
+                "param": error.param,
+                "code": error.code,
+            }
+        }
+    )
+
+
+# Models
+
+
+def models_body(models: Mapping[ModelName, tuple[ModelOffer, ...]]) -> Json:
+    """`GET /v1/models` over the whole room."""
+    return {"object": "list", "data": [model_entry(name, offers) for name, offers in models.items()]}
+
+
+def model_entry(name: ModelName, offers: tuple[ModelOffer, ...]) -> Json:
+    """One model; `context_length` is the least of its workers', since any of them may be asked."""
+    lengths = [offer.context_tokens for offer in offers if offer.context_tokens]
+    entry: Json = {"id": name, "object": "model", "created": 0, "owned_by": "room", "workers": len(offers)}
+    return entry | ({"context_length": min(lengths)} if lengths else {})

@@ -1,0 +1,291 @@
+"""The HTTP side towards clients, on aiohttp: reads a request within bounds, gives it to the journey, and
+writes what comes back in OpenAI's forms.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import re
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
+import orjson
+from aiohttp import web
+
+from balancer.core.dispatcher import Snapshot
+from balancer.core.errors import (
+    BadRequest,
+    BodyTimeout,
+    BodyTooLarge,
+    Forbidden,
+    MethodNotAllowed,
+    ModelNotFound,
+    NotFound,
+    RequestError,
+    UnsupportedMedia,
+)
+from balancer.core.model import Endpoint, ModelName, Worker
+from balancer.dialects import openai
+from balancer.dialects.framing import event
+from balancer.journey import ClientLeft, Journey, Story
+from balancer.metrics import CONTENT_TYPE, Metrics
+from worker_agent.sources import is_private
+from worker_agent.wire import JOIN_PATH, REQUEST_ID_HEADER, Join, WireError, parse_join
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+@dataclass(frozen=True, slots=True)
+class FrontPolicy:
+    max_body_bytes: int = 32 * 1024 * 1024
+    body_seconds: float = 30.0
+    """For the whole body to arrive, once the head has."""
+
+
+class Front:
+    """The routes of the balancer."""
+
+    def __init__(
+        self,
+        journey: Journey,
+        policy: FrontPolicy,
+        *,
+        snapshot: Callable[[], Snapshot],
+        join: Callable[[Join, str], None],
+        metrics: Metrics | None,
+    ) -> None:
+        """`join`: what to do with an agent that asks to be watched, and its address. `metrics`: None
+        where they are switched off."""
+        self._journey = journey
+        self._policy = policy
+        self._snapshot = snapshot
+        self._join = join
+        self._metrics = metrics
+
+    def application(self) -> web.Application:
+        app = web.Application(client_max_size=self._policy.max_body_bytes, middlewares=[_guarded])
+        for endpoint in Endpoint:
+            app.router.add_post(endpoint.value, self._inference(endpoint))
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/v1/models/{model:.+}", self._model)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/readyz", self._ready)
+        app.router.add_get("/metrics", self._scrape)
+        app.router.add_post(JOIN_PATH, self._joining)
+        return app
+
+    # Inference
+
+    def _inference(self, endpoint: Endpoint) -> Handler:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            asked = openai.parse(endpoint, await self._body(request))
+            story = self._journey.begin(_request_id(request), request.remote or "")
+            if asked.stream:
+                return await self._stream(request, asked, story)
+            answer = await self._journey.serve(asked, story, None)
+            return web.Response(
+                body=answer, content_type="application/json", headers=_headers(story, len(story.attempts))
+            )
+
+        return handle
+
+    async def _stream(self, request: web.Request, asked: openai.Request, story: Story) -> web.StreamResponse:
+        delivery = _EventStream(request, story)
+        try:
+            await self._journey.serve(asked, story, delivery)
+        except RequestError as error:
+            if delivery.response is None:
+                raise
+            # Too late for a status: an error event and no end mark, which SDKs raise as an exception.
+            await delivery.write(event(openai.error_body(error)))
+        response = delivery.response
+        if response is None:
+            raise ClientLeft
+        await response.write_eof()
+        return response
+
+    async def _body(self, request: web.Request) -> bytes:
+        if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+            # Unpacked before it could be measured, a megabyte can become hundreds (RELIABILITY D14).
+            raise UnsupportedMedia("Compressed request bodies are not accepted: leave out Content-Encoding.")
+        if request.content_type != "application/json":
+            raise UnsupportedMedia("Send the request as JSON, with 'Content-Type: application/json'.")
+        try:
+            async with asyncio.timeout(self._policy.body_seconds):
+                return await request.read()
+        except TimeoutError:
+            raise BodyTimeout(
+                f"The request body did not arrive within {self._policy.body_seconds:g} s."
+            ) from None
+        except web.HTTPRequestEntityTooLarge:
+            raise BodyTooLarge(
+                f"The request body is larger than {self._policy.max_body_bytes} bytes; "
+                "the limit is the setting max_body_mib."
+            ) from None
+
+    # The room
+
+    async def _models(self, _request: web.Request) -> web.Response:
+        return _json(openai.models_body(self._snapshot().models))
+
+    async def _model(self, request: web.Request) -> web.Response:
+        name = ModelName(request.match_info["model"])
+        models = self._snapshot().models
+        if name not in models:
+            raise ModelNotFound(name, list(models))
+        return _json(openai.model_entry(name, models[name]))
+
+    async def _health(self, _request: web.Request) -> web.Response:
+        """The process lives; what it sees of the room, for people and for `balancer workers`."""
+        return _json({"status": "ok", **room_body(self._snapshot())})
+
+    async def _ready(self, _request: web.Request) -> web.Response:
+        """200 once a request could be served: for load balancers, service managers and scripts."""
+        room = self._snapshot()
+        ready = sum(view.state == "ready" for view in room.workers)
+        body = {"ready": ready > 0, "workers_ready": ready, "workers": len(room.workers)}
+        return _json(body, status=200 if ready else 503)
+
+    async def _scrape(self, _request: web.Request) -> web.Response:
+        if self._metrics is None:
+            raise NotFound("Metrics are switched off (ENABLE_METRICS=false).")
+        return web.Response(body=self._metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def _joining(self, request: web.Request) -> web.Response:
+        try:
+            join = parse_join(await self._body(request))
+        except WireError as error:
+            raise BadRequest(f"This is not a join of a worker agent: {error}.") from None
+        self._join(join, request.remote or "")
+        return _json({"joined": join.id})
+
+
+class _EventStream:
+    """A client's stream of events: begun with the first piece of the answer, not before, so that until then
+    an error keeps its status."""
+
+    def __init__(self, request: web.Request, story: Story) -> None:
+        self._request = request
+        self._story = story
+        self.response: web.StreamResponse | None = None
+
+    @property
+    def begun(self) -> bool:
+        return self.response is not None
+
+    async def send(self, worker: Worker, data: bytes) -> None:
+        if self.response is None:
+            self.response = web.StreamResponse(
+                headers={
+                    "Content-Type": "text/event-stream; charset=utf-8",
+                    "Cache-Control": "no-cache",
+                    "X-Accel-Buffering": "no",  # nginx would hold the stream back
+                    **_headers(self._story, len(self._story.attempts) + 1),
+                }
+            )
+            try:
+                await self.response.prepare(self._request)
+            except ConnectionError as error:
+                raise ClientLeft from error
+        await self.write(data)
+
+    async def write(self, data: bytes) -> None:
+        if self.response is not None:
+            try:
+                await self.response.write(data)
+            except ConnectionError as error:
+                raise ClientLeft from error
+
+
+@web.middleware
+async def _guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Who may ask at all, and every error in the form that clients read."""
+    try:
+        if request.remote is not None and not is_private(request.remote):
+            raise Forbidden(
+                f"This endpoint serves private networks only; {request.remote} is a public address."
+            )
+        return await handler(request)
+    except RequestError as error:
+        return _refusal(request, error)
+    except web.HTTPNotFound:
+        return _refusal(request, NotFound(f"There is no {request.path} here; GET /v1/models is a start."))
+    except web.HTTPMethodNotAllowed as error:
+        allowed = ", ".join(sorted(error.allowed_methods))
+        refusal = _refusal(request, MethodNotAllowed(f"{request.path} takes {allowed}."))
+        refusal.headers["Allow"] = allowed
+        return refusal
+    except (ClientLeft, ConnectionError):
+        raise asyncio.CancelledError from None  # nobody is left to be answered
+    except web.HTTPException:
+        raise
+    except Exception:
+        log.exception("a defect of the balancer, in answering %s %s", request.method, request.rel_url.path)
+        return _refusal(request, RequestError("The balancer failed; its log says where."))
+
+
+def _refusal(request: web.Request, error: RequestError) -> web.Response:
+    headers = {REQUEST_ID_HEADER: _request_id(request)}
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(math.ceil(error.retry_after))
+    return web.Response(
+        body=openai.error_body(error), status=error.status, content_type="application/json", headers=headers
+    )
+
+
+def _request_id(request: web.Request) -> str:
+    """The client's own id where it is harmless in a log and a header, else one of ours."""
+    known = request.get("request_id")
+    if known is None:
+        theirs = request.headers.get(REQUEST_ID_HEADER, "")
+        known = theirs if _REQUEST_ID.fullmatch(theirs) else f"req_{uuid.uuid4().hex}"
+        request["request_id"] = known
+    return str(known)
+
+
+def _headers(story: Story, attempts: int) -> dict[str, str]:
+    """Where the answer comes from. `attempts`: the one that answers included."""
+    return {
+        REQUEST_ID_HEADER: story.request_id,
+        "X-Balancer-Worker": story.worker.id if story.worker else "",
+        "X-Balancer-Attempts": str(attempts),
+        "X-Balancer-Queue-Ms": str(round(story.queue_seconds * 1000)),
+    }
+
+
+def room_body(room: Snapshot) -> Mapping[str, object]:
+    """The room as JSON, for `/health`."""
+    return {
+        "waiting": room.waiting,
+        "running": room.running,
+        "workers": [
+            {
+                "id": view.worker.id,
+                "type": view.worker.type,
+                "url": view.worker.url,
+                "state": view.state,
+                "detail": view.detail,
+                "breaker": view.breaker.value,
+                "running": view.running,
+                "slots": view.slots,
+                "models": view.models,
+                "success_rate": round(view.success_rate, 4),
+                "average_seconds": view.average_seconds,
+                "engine": view.engine,
+                "hardware": view.hardware,
+                "advice": view.advice,
+            }
+            for view in room.workers
+        ],
+    }
+
+
+def _json(body: object, status: int = 200) -> web.Response:
+    return web.Response(body=orjson.dumps(body), status=status, content_type="application/json")

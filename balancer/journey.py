@@ -1,0 +1,256 @@
+"""One request's life: admit, place, relay, retry, account. Read this first.
+
+    ask -> a place in line -> a slot on a worker -> one attempt -> answered
+             ^                                          |
+             +---- after a pause, elsewhere ------------+---- or an error in the client's words
+
+Nothing here knows HTTP frameworks or sockets: a front gives it a checked request and, for a client that
+streams, a `Delivery`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from balancer.core.dispatcher import Chance
+from balancer.core.errors import (
+    BadRequest,
+    ModelNotFound,
+    NoRoom,
+    QueueFull,
+    RequestError,
+    TimedOut,
+    WorkerFailed,
+)
+from balancer.core.model import (
+    Ask,
+    Attempt,
+    Choice,
+    Measures,
+    Needs,
+    Refusal,
+    Refuse,
+    Served,
+    Verdict,
+    Worker,
+)
+from balancer.core.retry import CAUSES, Cause, RetryPolicy, Tried, after
+from balancer.dialects.openai import Request
+from balancer.leases import Abandoned, Leases, Refused
+from balancer.relay import Delivery, Outcome, Relay
+
+log = logging.getLogger(__name__)
+
+Observer = Callable[[Served], None]
+
+
+class ClientLeft(Exception):
+    """The client's connection is gone; nobody is there to be told."""
+
+
+@dataclass(frozen=True, slots=True)
+class JourneyPolicy:
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
+    total_seconds: float = 300.0
+    """From the first slot to the end of the answer, retries included. Waiting in line has its own bound."""
+    max_wait_seconds: float = 120.0
+    """In line, per attempt."""
+
+
+@dataclass(slots=True)
+class Story:
+    """What has happened to a request so far; fronts read it for their response headers."""
+
+    request_id: str
+    client: str
+    began: float
+    attempts: list[Attempt] = field(default_factory=list)
+    """Those that have ended."""
+    worker: Worker | None = None
+    """Who has it now, or had it last."""
+    choice: Choice | None = None
+    queue_seconds: float = 0.0
+
+
+class Journey:
+    def __init__(
+        self,
+        leases: Leases,
+        relay: Relay,
+        policy: JourneyPolicy,
+        *,
+        clock: Callable[[], float],
+        chance: Chance,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        """`clock`: the loop's own, in seconds. `observers` are given each finished request, exactly once."""
+        self._leases = leases
+        self._relay = relay
+        self._policy = policy
+        self._clock = clock
+        self._chance = chance
+        self._observers = observers
+
+    def begin(self, request_id: str, client: str) -> Story:
+        return Story(request_id, client, self._clock())
+
+    async def serve(self, request: Request, story: Story, delivery: Delivery | None) -> bytes | None:
+        """The answer in one piece; None when it went to the delivery.
+
+        Raises a `RequestError`, in the case of a delivery also after it has begun: what was sent then is
+        not the whole answer, and the client has to be told in its stream. Cancelled when the client left.
+        """
+        status, error = 500, "internal_error"
+        try:
+            answer = await self._answer(request, story, delivery)
+            status, error = 200, ""
+            return answer
+        except RequestError as failure:
+            status, error = failure.status, failure.code or failure.type
+            raise
+        except (asyncio.CancelledError, ClientLeft):
+            status, error = 499, "client_left"
+            raise
+        finally:
+            self._account(request, story, status, error)
+
+    async def _answer(self, request: Request, story: Story, delivery: Delivery | None) -> bytes | None:
+        needs = Needs(model=request.model, endpoint=request.endpoint)
+        tried: list[Tried] = []
+        try:
+            async with asyncio.timeout(None) as limit:
+                while True:
+                    outcome = await self._attempt(request, needs, story, delivery, limit)
+                    if outcome.cause is None:
+                        return outcome.answer
+                    tried.append(Tried(outcome.attempt.worker_id, outcome.cause))
+                    again = after(self._policy.retry, tried, self._chance.random())
+                    if again is None:
+                        raise _failure(outcome, len(tried))
+                    await asyncio.sleep(again.delay)
+                    needs = replace(needs, avoid=again.avoid)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise TimedOut(
+                f"No whole answer within {self._policy.total_seconds:g} s. "
+                "Ask for fewer tokens, or raise REQUEST_TIMEOUT."
+            ) from None
+
+    async def _attempt(
+        self,
+        request: Request,
+        needs: Needs,
+        story: Story,
+        delivery: Delivery | None,
+        limit: asyncio.Timeout,
+    ) -> Outcome:
+        waiting_since = self._clock()
+        ask = Ask(needs=needs, arrived=story.began, deadline=waiting_since + self._policy.max_wait_seconds)
+        try:
+            async with self._leases.acquire(ask) as lease:
+                granted = self._clock()
+                story.worker, story.choice = lease.worker, lease.choice
+                story.queue_seconds += granted - waiting_since
+                if limit.when() is None:
+                    limit.reschedule(granted + self._policy.total_seconds)
+                outcome = await self._relay.attempt(lease.worker, request, story.request_id, delivery)
+                lease.settle(
+                    CAUSES[outcome.cause].verdict if outcome.cause else Verdict.GOOD,
+                    outcome.attempt.measures,
+                    unreachable=outcome.cause is Cause.UNREACHABLE,
+                    hold_seconds=outcome.hold_seconds,
+                )
+        except Refused as refused:
+            raise _refused(refused.refuse, request) from None
+        except Abandoned as abandoned:
+            outcome = _lost(abandoned, self._clock() - waiting_since, delivery)
+        story.attempts.append(outcome.attempt)
+        if outcome.cause is not None:
+            log.info(
+                "request %s: attempt %d on %s failed, %s: %s",
+                story.request_id,
+                len(story.attempts),
+                outcome.attempt.worker_id,
+                outcome.cause.value,
+                outcome.attempt.detail,
+            )
+        return outcome
+
+    def _account(self, request: Request, story: Story, status: int, error: str) -> None:
+        served = Served(
+            request_id=story.request_id,
+            model=request.model,
+            endpoint=request.endpoint,
+            stream=request.stream,
+            client=story.client,
+            attempts=tuple(story.attempts),
+            queue_seconds=story.queue_seconds,
+            seconds=self._clock() - story.began,
+            status=status,
+            error=error,
+            choice=story.choice,
+        )
+        for observe in self._observers:
+            observe(served)
+
+
+def _refused(refuse: Refuse, request: Request) -> RequestError:
+    wait = refuse.retry_after
+    match refuse.refusal:
+        case Refusal.MODEL_NOT_FOUND:
+            return ModelNotFound(request.model, refuse.models)
+        case Refusal.ENDPOINT_NOT_SERVED:
+            return BadRequest(
+                f"No worker serves {request.endpoint.value} for the model {request.model!r}.",
+                param="model",
+                code="endpoint_not_served",
+            )
+        case Refusal.ROOM_EMPTY:
+            return NoRoom(
+                "No worker has joined this balancer yet. Run `worker-agent run` on a machine of this "
+                "network, or name workers in the configuration file.",
+                wait,
+            )
+        case Refusal.QUEUE_FULL:
+            return QueueFull(f"The waiting line is full. Try again in {wait:.0f} s.", wait)
+        case Refusal.WAITED_TOO_LONG:
+            return NoRoom(
+                f"No worker had room for the model {request.model!r} in time"
+                + (f" ({refuse.detail})" if refuse.detail else "")
+                + f". Try again in {wait:.0f} s.",
+                wait,
+            )
+
+
+def _failure(outcome: Outcome, attempts: int) -> RequestError:
+    """What the client is told after the last attempt that was allowed."""
+    if outcome.rejected is not None:
+        return outcome.rejected
+    times = "once" if attempts == 1 else f"{attempts} times"
+    last = f"{outcome.attempt.worker_id}: {outcome.attempt.detail or outcome.attempt.cause}"
+    match outcome.cause:
+        case Cause.BUSY:
+            wait = outcome.hold_seconds or 1.0
+            return NoRoom(f"Tried {times}; each worker was busy, the last was {last}.", wait)
+        case Cause.SILENT:
+            return TimedOut(f"Tried {times}; workers fell silent, the last was {last}.")
+        case Cause.CUT:
+            return WorkerFailed(f"The worker failed in the middle of its answer ({last}). Ask again.")
+        case _:
+            return WorkerFailed(f"Tried {times}; no worker answered, the last was {last}.")
+
+
+def _lost(abandoned: Abandoned, seconds: float, delivery: Delivery | None) -> Outcome:
+    """The worker was lost under an attempt; its lease has said so to the dispatcher already."""
+    cause = Cause.CUT if delivery is not None and delivery.begun else Cause.LOST
+    attempt = Attempt(
+        worker_id=abandoned.worker_id,
+        cause=cause.value,
+        detail=abandoned.reason,
+        measures=Measures(seconds=seconds),
+    )
+    return Outcome(attempt=attempt, cause=cause)

@@ -1,0 +1,263 @@
+"""One attempt: send a request to a worker, hand its answer on, say how it went.
+
+Chat and completions are streamed from the worker also for clients that do not stream: only a stream can be
+stopped at once when the client leaves (llama.cpp computes a whole answer to its end, ENGINES 8), and only
+a stream shows whether the answer is whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import orjson
+
+from balancer.core.errors import Rejected
+from balancer.core.model import Attempt, Endpoint, Measures, Worker
+from balancer.core.retry import Cause
+from balancer.dialects.framing import EventFrames, FramingError, event
+from balancer.dialects.openai import (
+    DONE,
+    AnswerError,
+    Assembly,
+    Request,
+    StreamReader,
+    Usage,
+    parse_whole,
+    read_complaint,
+)
+from balancer.upstream import Broke, Response, Silent, Unreachable, Upstream, UpstreamError
+from balancer.worker_types import WORKER_TYPES
+from worker_agent.wire import REQUEST_ID_HEADER
+
+MAX_ANSWER_BYTES = 64 * 1024 * 1024
+"""An answer in one piece: a thousand embeddings of 4096 numbers, written out, are about this."""
+MAX_ERROR_BYTES = 64 * 1024
+MAX_UNBEGUN_BYTES = 1024 * 1024
+"""So much of a stream may pass without a word of the answer before the worker is taken to be broken."""
+
+LONGEST_HOLD_SECONDS = 60.0
+"""A worker may ask to be left alone for so long; asked for more, we look in earlier."""
+
+
+class Delivery(Protocol):
+    """Where a streamed answer goes."""
+
+    @property
+    def begun(self) -> bool:
+        """Something was sent: from here on the request cannot start over."""
+        ...
+
+    async def send(self, worker: Worker, data: bytes) -> None:
+        """Hand on a piece of the answer; waits while the client reads slower than the worker writes."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How an attempt went."""
+
+    attempt: Attempt
+    cause: Cause | None
+    """None: the answer is whole."""
+    answer: bytes | None = None
+    """The answer in one piece, when it was not delivered as a stream."""
+    rejected: Rejected | None = None
+    """With cause REJECTED: what to tell the client."""
+    hold_seconds: float | None = None
+
+
+class Failed(Exception):
+    """An attempt did not lead to a whole answer."""
+
+    def __init__(self, cause: Cause, detail: str) -> None:
+        super().__init__(detail)
+        self.cause = cause
+        self.detail = detail
+        self.rejected: Rejected | None = None
+        self.hold_seconds: float | None = None
+
+
+@dataclass(slots=True)
+class _Progress:
+    began: float
+    first_byte: float | None = None
+    usage: Usage = field(default_factory=Usage)
+
+    def measures(self, now: float) -> Measures:
+        return Measures(
+            seconds=now - self.began,
+            first_byte=self.first_byte,
+            prompt_tokens=self.usage.prompt_tokens,
+            output_tokens=self.usage.output_tokens,
+        )
+
+
+class Relay:
+    def __init__(
+        self,
+        upstream: Upstream,
+        clock: Callable[[], float],
+        headers: Callable[[Worker], Mapping[str, str]],
+    ) -> None:
+        """`headers`: what a worker's configuration adds to each request (its API key)."""
+        self._upstream = upstream
+        self._clock = clock
+        self._headers = headers
+
+    async def attempt(
+        self, worker: Worker, request: Request, request_id: str, delivery: Delivery | None
+    ) -> Outcome:
+        """Never raises for what a worker does. `delivery`: for a client that streams; else the answer
+        comes in one piece with the outcome."""
+        progress = _Progress(self._clock())
+        try:
+            answer = await self._exchange(worker, request, request_id, delivery, progress)
+        except Failed as failed:
+            cut = delivery is not None and delivery.begun
+            cause = Cause.CUT if cut else failed.cause
+            attempt = Attempt(
+                worker_id=worker.id,
+                cause=cause.value,
+                detail=failed.detail,
+                measures=progress.measures(self._clock()),
+            )
+            return Outcome(
+                attempt=attempt, cause=cause, rejected=failed.rejected, hold_seconds=failed.hold_seconds
+            )
+        attempt = Attempt(worker_id=worker.id, cause=None, measures=progress.measures(self._clock()))
+        return Outcome(attempt=attempt, cause=None, answer=answer)
+
+    async def _exchange(
+        self,
+        worker: Worker,
+        request: Request,
+        request_id: str,
+        delivery: Delivery | None,
+        progress: _Progress,
+    ) -> bytes | None:
+        kind = WORKER_TYPES[worker.type]
+        stream = request.endpoint is not Endpoint.EMBEDDINGS and (request.stream or kind.streams_always)
+        headers = {
+            **self._headers(worker),
+            "Content-Type": "application/json",
+            "Accept": "text/event-stream" if stream else "application/json",
+            REQUEST_ID_HEADER: request_id,
+        }
+        body = request.to_worker(request.model, stream=stream)
+        url = worker.url + request.endpoint.value
+        try:
+            async with self._upstream.post(url, body, headers, keep_alive=kind.keep_alive) as response:
+                if response.status != 200:
+                    raise await _complaint(response)
+                if not stream or response.content_type != "text/event-stream":
+                    return await self._whole(response, request, delivery, progress)
+                if delivery is None:
+                    return await self._assembled(response, request, progress)
+                await self._streamed(response, request, worker, delivery, progress)
+                return None
+        except UpstreamError as error:
+            raise Failed(_CAUSES[type(error)], str(error)) from error
+        except (AnswerError, FramingError) as error:
+            raise Failed(Cause.ERRED, str(error)) from error
+
+    async def _whole(
+        self, response: Response, request: Request, delivery: Delivery | None, progress: _Progress
+    ) -> bytes:
+        body = await response.whole(MAX_ANSWER_BYTES)
+        answer, progress.usage = parse_whole(body, request.model)
+        if delivery is not None:
+            raise AnswerError("it was asked for a stream and answered in one piece")
+        progress.first_byte = self._clock() - progress.began
+        return orjson.dumps(answer)
+
+    async def _assembled(self, response: Response, request: Request, progress: _Progress) -> bytes:
+        assembly = Assembly(request.endpoint, request.model)
+        reader = StreamReader(request.model, usage_wanted=True)
+        held = 0
+        async with aclosing(_events(response, reader)) as events:
+            async for passed in events:
+                for data in passed:
+                    assembly.add(data)
+                    held += len(data)
+                if held > MAX_ANSWER_BYTES:
+                    raise AnswerError(f"an answer of more than {MAX_ANSWER_BYTES} bytes")
+                self._note(reader, progress)
+        return orjson.dumps(assembly.result())
+
+    async def _streamed(
+        self, response: Response, request: Request, worker: Worker, delivery: Delivery, progress: _Progress
+    ) -> None:
+        reader = StreamReader(request.model, usage_wanted=request.usage_wanted)
+        # Held back until the answer itself begins, so that until then another worker can take over.
+        held = b""
+        async with aclosing(_events(response, reader)) as events:
+            async for passed in events:
+                held += b"".join(map(event, passed))
+                if not reader.begun:
+                    if len(held) > MAX_UNBEGUN_BYTES:
+                        raise AnswerError("its stream goes on without an answer")
+                    continue
+                self._note(reader, progress)
+                if held:
+                    await delivery.send(worker, held)
+                    held = b""
+        await delivery.send(worker, held + event(DONE))
+
+    def _note(self, reader: StreamReader, progress: _Progress) -> None:
+        progress.usage = reader.usage
+        if progress.first_byte is None and reader.begun:
+            progress.first_byte = self._clock() - progress.began
+
+
+async def _events(response: Response, reader: StreamReader) -> AsyncGenerator[list[bytes], None]:
+    """What the client shall have of each piece that comes, until the answer's own end.
+
+    Raises `AnswerError` where the stream ends without it: a closed connection is no end (RELIABILITY D1).
+    """
+    frames = EventFrames()
+    async with aclosing(response.chunks()) as chunks:
+        async for chunk in chunks:
+            yield _read(reader, frames.feed(chunk))
+            if reader.done:
+                return
+    yield _read(reader, frames.end())
+    if not (reader.finished or reader.done):
+        raise Failed(Cause.BROKE, "its stream ended before the answer did")
+
+
+def _read(reader: StreamReader, events: list[bytes]) -> list[bytes]:
+    passed = []
+    for data in events:
+        if reader.done:
+            break
+        if (mine := reader.read(data)) is not None:
+            passed.append(mine)
+    return passed
+
+
+_CAUSES: Mapping[type[UpstreamError], Cause] = {
+    Unreachable: Cause.UNREACHABLE,
+    Broke: Cause.BROKE,
+    Silent: Cause.SILENT,
+}
+
+
+async def _complaint(response: Response) -> Failed:
+    """What a status other than 200 means: for the client to mend, for us to wait, or a broken worker."""
+    complaint = read_complaint(await response.whole(MAX_ERROR_BYTES))
+    status = response.status
+    detail = f"HTTP {status}: {complaint.message}"
+    if status in (429, 503):
+        failed = Failed(Cause.BUSY, detail)
+        if response.retry_after is not None:
+            failed.hold_seconds = min(response.retry_after, LONGEST_HOLD_SECONDS)
+        return failed
+    if status in (400, 413, 422):
+        failed = Failed(Cause.REJECTED, detail)
+        failed.rejected = Rejected(status, complaint.message, code=complaint.code, param=complaint.param)
+        return failed
+    # 401, 403 and 404 too: the worker's key or model is not as configured, which is not the client's doing.
+    return Failed(Cause.ERRED, detail)

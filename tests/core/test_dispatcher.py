@@ -1,0 +1,412 @@
+"""The dispatcher as a whole: named scenes, then what must hold after any history."""
+
+import random
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from balancer.core.admission import AdmissionPolicy
+from balancer.core.breaker import BreakerPolicy, Phase
+from balancer.core.dispatcher import Dispatcher, DispatchPolicy
+from balancer.core.model import (
+    Abandon,
+    Arrived,
+    Ask,
+    Condition,
+    Ended,
+    Endpoint,
+    Gone,
+    Grant,
+    Lost,
+    Measures,
+    ModelName,
+    ModelOffer,
+    Needs,
+    Refusal,
+    Refuse,
+    Reported,
+    Seen,
+    Tick,
+    Ticket,
+    Verdict,
+    Worker,
+    WorkerId,
+)
+
+CHAT = Endpoint.CHAT
+
+
+def worker(name: str, cap: int | None = 2, only: str = "", port: int = 1) -> Worker:
+    models = frozenset({ModelName(only)}) if only else frozenset()
+    return Worker(id=WorkerId(name), type="openai", url=f"http://{name}:{port}", cap=cap, only=models)
+
+
+def condition(*models: str, slots: int | None = None, ready: bool = True) -> Condition:
+    offers = tuple(ModelOffer(name=ModelName(model)) for model in models)
+    return Condition(models=offers, slots=slots, ready=ready, state="ready" if ready else "loading")
+
+
+def ask(
+    model: str = "m", *, now: float = 0.0, avoid: frozenset[str] = frozenset(), endpoint: Endpoint = CHAT
+) -> Ask:
+    needs = Needs(
+        model=ModelName(model), endpoint=endpoint, avoid=frozenset(WorkerId(name) for name in avoid)
+    )
+    return Ask(needs=needs, arrived=now, deadline=now + 30)
+
+
+class Room:
+    """A dispatcher in a test: each call is an event, its answer the commands that follow."""
+
+    def __init__(self, **policy):
+        self.dispatcher = Dispatcher(
+            DispatchPolicy(settle_seconds=0, **policy), random.Random(1), started=0.0
+        )
+        self.now = 0.0
+
+    def tell(self, event):
+        return self.dispatcher.handle(event, self.now)
+
+    def with_worker(self, name: str, *models: str, cap: int | None = 2):
+        self.tell(Seen(worker(name, cap)))
+        self.tell(Reported(WorkerId(name), condition(*models)))
+        return self
+
+    def arrive(self, number: int, model: str = "m", **more):
+        return self.tell(Arrived(Ticket(number), ask(model, now=self.now, **more)))
+
+    def end(self, number: int, verdict: Verdict = Verdict.GOOD, seconds: float = 1.0, **more):
+        return self.tell(Ended(Ticket(number), verdict, Measures(seconds=seconds), **more))
+
+    def view(self, name: str):
+        return next(v for v in self.dispatcher.snapshot(self.now).workers if v.worker.id == name)
+
+
+def granted(commands) -> list[tuple[int, str]]:
+    return [(c.ticket, c.worker.id) for c in commands if isinstance(c, Grant)]
+
+
+def refused(commands) -> list[Refusal]:
+    return [c.refusal for c in commands if isinstance(c, Refuse)]
+
+
+def test_an_ask_is_granted_at_once_where_there_is_room():
+    room = Room().with_worker("mini", "m")
+    assert granted(room.arrive(1)) == [(1, "mini")]
+
+
+def test_an_ask_waits_in_the_balancer_until_a_worker_has_room():
+    room = Room().with_worker("mini", "m", cap=1)
+    room.arrive(1)
+    assert room.arrive(2) == []
+    assert granted(room.end(1)) == [(2, "mini")]
+
+
+def test_work_is_bound_late_to_whoever_is_free_first():
+    room = Room().with_worker("slow", "m", cap=1).with_worker("fast", "m", cap=1)
+    first = dict(granted(room.arrive(1) + room.arrive(2)))
+    assert set(first.values()) == {"slow", "fast"}
+    room.arrive(3)
+    free = next(number for number, name in first.items() if name == "fast")
+    assert granted(room.end(free)) == [(3, "fast")]
+
+
+def test_nobody_is_asked_for_a_model_that_it_does_not_serve():
+    room = Room().with_worker("a", "m", cap=9).with_worker("b", "other", cap=9)
+    grants = [room.arrive(n) for n in range(9)]
+    assert {name for commands in grants for _, name in granted(commands)} == {"a"}
+
+
+def test_an_unknown_model_is_refused_with_what_exists():
+    room = Room().with_worker("a", "m", "n")
+    (refuse,) = room.arrive(1, "nothing")
+    assert refuse.refusal is Refusal.MODEL_NOT_FOUND
+    assert refuse.models == ("m", "n")
+
+
+def test_a_model_is_waited_for_while_the_room_is_still_being_heard():
+    room = Room()
+    room.tell(Seen(worker("a")))
+    assert room.arrive(1) == []
+    assert granted(room.tell(Reported(WorkerId("a"), condition("m")))) == [(1, "a")]
+
+
+def test_a_worker_that_was_never_reached_does_not_keep_askers_of_unknown_models_waiting():
+    room = Room().with_worker("a", "m")
+    room.tell(Seen(worker("dead")))
+    assert room.arrive(1, "nothing") == []
+    assert refused(room.tell(Lost(WorkerId("dead"), "connection refused"))) == [Refusal.MODEL_NOT_FOUND]
+
+
+def test_an_empty_room_says_so():
+    assert refused(Room().arrive(1)) == [Refusal.ROOM_EMPTY]
+
+
+def test_an_endpoint_that_no_worker_of_the_model_has_is_refused():
+    room = Room()
+    room.tell(Seen(worker("a")))
+    offer = ModelOffer(name=ModelName("m"), endpoints=frozenset({CHAT}))
+    room.tell(Reported(WorkerId("a"), Condition(models=(offer,))))
+    assert refused(room.arrive(1, endpoint=Endpoint.EMBEDDINGS)) == [Refusal.ENDPOINT_NOT_SERVED]
+
+
+def test_a_configured_model_is_known_while_its_worker_is_down():
+    room = Room()
+    room.tell(Seen(worker("a", only="m")))
+    room.tell(Lost(WorkerId("a"), "connection refused"))
+    assert room.arrive(1) == []
+    assert granted(room.tell(Reported(WorkerId("a"), condition()))) == [(1, "a")]
+
+
+def test_a_configured_model_hides_what_else_a_worker_reports():
+    room = Room()
+    room.tell(Seen(worker("a", only="m")))
+    room.tell(Reported(WorkerId("a"), condition("m", "other")))
+    assert list(room.dispatcher.snapshot(0).models) == ["m"]
+
+
+def test_a_full_line_refuses_at_once_with_an_honest_pause():
+    room = Room(admission=AdmissionPolicy(max_waiting=2)).with_worker("a", "m", cap=1)
+    room.arrive(1)
+    room.end(1, seconds=4.0)
+    room.arrive(2)
+    assert room.arrive(3) == room.arrive(4) == []
+    (refuse,) = room.arrive(5)
+    assert refuse.refusal is Refusal.QUEUE_FULL
+    assert refuse.retry_after == 3 * 4.0  # two before it and itself, 4 s each, one at a time
+
+
+def test_who_waited_too_long_is_told_why():
+    room = Room().with_worker("a", "m", cap=1)
+    room.arrive(1)
+    room.arrive(2)
+    room.now = 30
+    (refuse,) = room.tell(Tick())
+    assert (refuse.ticket, refuse.refusal, refuse.detail) == (2, Refusal.WAITED_TOO_LONG, "a: busy")
+
+
+def test_a_client_that_leaves_the_line_is_forgotten():
+    room = Room().with_worker("a", "m", cap=1)
+    room.arrive(1)
+    room.arrive(2)
+    room.end(2, Verdict.UNKNOWN)
+    assert granted(room.end(1)) == []
+    assert room.dispatcher.snapshot(0).waiting == 0
+
+
+def test_a_failed_request_goes_elsewhere_and_waits_for_elsewhere():
+    room = Room().with_worker("bad", "m").with_worker("good", "m", cap=1)
+    room.arrive(1, avoid=frozenset({"bad"}))
+    assert room.arrive(2, avoid=frozenset({"bad"})) == []
+    assert granted(room.end(1)) == [(2, "good")]
+
+
+def test_where_there_is_nobody_else_a_failed_request_goes_back_to_the_same_worker():
+    room = Room().with_worker("only", "m")
+    assert granted(room.arrive(1, avoid=frozenset({"only"}))) == [(1, "only")]
+
+
+def test_three_failures_in_a_row_take_a_worker_out_while_another_goes_on():
+    room = Room().with_worker("bad", "m", cap=9).with_worker("good", "m", cap=9)
+    number = 0
+    while room.view("bad").breaker is Phase.CLOSED:
+        number += 1
+        ((ticket, name),) = granted(room.arrive(number))
+        room.end(ticket, Verdict.BAD if name == "bad" else Verdict.GOOD)
+        assert number < 200
+    for number in range(300, 330):
+        ((ticket, name),) = granted(room.arrive(number))
+        assert name == "good"
+        room.end(ticket)
+
+
+def test_the_last_worker_is_never_shut_out():
+    room = Room(breaker=BreakerPolicy(trip_after=1)).with_worker("only", "m")
+    room.arrive(1)
+    room.end(1, Verdict.BAD)
+    assert room.view("only").breaker is Phase.OPEN
+    assert granted(room.arrive(2)) == [(2, "only")]
+
+
+def test_a_worker_that_cannot_be_connected_to_gets_nothing_until_it_is_heard_of():
+    room = Room().with_worker("a", "m")
+    room.arrive(1)
+    room.end(1, Verdict.BAD, unreachable=True)
+    assert room.arrive(2) == []
+    assert granted(room.tell(Reported(WorkerId("a"), condition("m")))) == [(2, "a")]
+
+
+def test_a_worker_that_asks_to_be_left_alone_is():
+    room = Room().with_worker("a", "m")
+    room.arrive(1)
+    room.end(1, Verdict.UNKNOWN, hold_seconds=5)
+    assert room.arrive(2) == []
+    room.now = 5
+    assert granted(room.tell(Tick())) == [(2, "a")]
+
+
+def test_a_silent_agent_loses_what_runs_on_it_and_a_failed_poll_does_not():
+    room = Room().with_worker("a", "m").with_worker("b", "m")
+    running = {room.arrive(n)[0].worker.id: n for n in (1, 2)} | {}
+    while set(running) != {"a", "b"}:
+        number = max(running.values()) + 1
+        running[room.arrive(number)[0].worker.id] = number
+    assert room.tell(Lost(WorkerId("a"), "poll failed")) == []
+    abandoned = room.tell(Lost(WorkerId("b"), "no report", abandon=True))
+    assert running["b"] in {c.ticket for c in abandoned if isinstance(c, Abandon)}
+
+
+def test_a_loading_worker_gets_nothing():
+    room = Room()
+    room.tell(Seen(worker("a", only="m")))
+    room.tell(Reported(WorkerId("a"), condition("m", ready=False)))
+    assert room.arrive(1) == []
+
+
+def test_a_slower_worker_with_equal_room_is_picked_less():
+    room = Room().with_worker("fast", "m", cap=99).with_worker("slow", "m", cap=99)
+    counts = {"fast": 0, "slow": 0}
+    for number in range(2000):
+        ((ticket, name),) = granted(room.arrive(number))
+        counts[name] += 1
+        room.end(ticket, seconds=1.0 if name == "fast" else 10.0)
+    expected = (0.4 + 0.4 + 0.2 * 0.1) / (1.0 + 0.82)  # of the formula's two weights, the slow one's share
+    assert abs(counts["slow"] / 2000 - expected) < 0.04
+
+
+WORKERS = ("a", "b", "c")
+MODELS = ("m", "n")
+
+
+class AnyHistory(RuleBasedStateMachine):
+    """Events in any order; a shadow of who waits and who runs is kept from the commands alone."""
+
+    @initialize(seed=st.integers(0, 1000), max_waiting=st.integers(0, 5), trip_after=st.integers(1, 3))
+    def open(self, seed, max_waiting, trip_after):
+        self.dispatcher = Dispatcher(
+            DispatchPolicy(
+                admission=AdmissionPolicy(max_waiting),
+                breaker=BreakerPolicy(trip_after, rest_seconds=5),
+                settle_seconds=0,
+            ),
+            random.Random(seed),
+            started=0.0,
+        )
+        self.now = 0.0
+        self.max_waiting = max_waiting
+        self.numbers = 0
+        self.waiting: dict[Ticket, Ask] = {}
+        self.running: dict[Ticket, WorkerId] = {}
+        self.limits: dict[str, int] = {}
+
+    def tell(self, event):
+        for command in self.dispatcher.handle(event, self.now):
+            match command:
+                case Grant(ticket, granted_worker, choice):
+                    asked = self.waiting.pop(ticket)
+                    self.running[ticket] = granted_worker.id
+                    assert choice.worker_id == granted_worker.id
+                    weights = [candidate.weight for candidate in choice.candidates]
+                    assert all(0 <= weight < float("inf") for weight in weights)
+                    if granted_worker.id in asked.needs.avoid:
+                        others = self.serving(asked.needs) - asked.needs.avoid
+                        assert not others
+                    held = sum(name == granted_worker.id for name in self.running.values())
+                    assert held <= self.limits[granted_worker.id]
+                case Refuse(ticket=ticket):
+                    del self.waiting[ticket]
+                case Abandon(ticket, _):
+                    assert ticket in self.running
+
+    def serving(self, needs: Needs) -> frozenset[WorkerId]:
+        models = self.dispatcher.snapshot(self.now)
+        return frozenset(view.worker.id for view in models.workers if needs.model in view.models)
+
+    @rule(model=st.sampled_from(MODELS), avoid=st.frozensets(st.sampled_from(WORKERS)), early=st.floats(0, 5))
+    def arrives(self, model, avoid, early):
+        self.numbers += 1
+        ticket = Ticket(self.numbers)
+        asked = ask(model, now=self.now - early, avoid=avoid)
+        self.waiting[ticket] = asked
+        self.tell(Arrived(ticket, asked))
+
+    @precondition(lambda self: self.running)
+    @rule(
+        data=st.data(),
+        verdict=st.sampled_from(list(Verdict)),
+        unreachable=st.booleans(),
+        hold=st.none() | st.floats(0, 9),
+    )
+    def ends(self, data, verdict, unreachable, hold):
+        ticket = data.draw(st.sampled_from(sorted(self.running)))
+        del self.running[ticket]
+        self.tell(
+            Ended(
+                ticket,
+                verdict,
+                Measures(seconds=1.0),
+                unreachable=unreachable and verdict is Verdict.BAD,
+                hold_seconds=hold,
+            )
+        )
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def leaves_the_line(self, data):
+        ticket = data.draw(st.sampled_from(sorted(self.waiting)))
+        del self.waiting[ticket]
+        self.tell(Ended(ticket))
+
+    @rule(name=st.sampled_from(WORKERS), cap=st.none() | st.integers(1, 3), port=st.integers(1, 2))
+    def seen(self, name, cap, port):
+        self.tell_limit(name, cap=cap)
+        self.tell(Seen(worker(name, cap, port=port)))
+
+    @rule(
+        name=st.sampled_from(WORKERS),
+        models=st.sets(st.sampled_from(MODELS)),
+        slots=st.none() | st.integers(1, 3),
+        ready=st.booleans(),
+    )
+    def reported(self, name, models, slots, ready):
+        self.tell(Reported(WorkerId(name), condition(*sorted(models), slots=slots, ready=ready)))
+
+    @rule(name=st.sampled_from(WORKERS), abandon=st.booleans())
+    def lost(self, name, abandon):
+        self.tell(Lost(WorkerId(name), "gone dark", abandon))
+
+    @rule(name=st.sampled_from(WORKERS))
+    def gone(self, name):
+        self.tell(Gone(WorkerId(name)))
+
+    @rule(seconds=st.floats(0, 20))
+    def time_passes(self, seconds):
+        self.now += seconds
+        self.tell(Tick())
+
+    def tell_limit(self, name, cap):
+        self.limits[name] = 4 if cap is None else cap  # 4: the most that `slots` or the default come to
+
+    @invariant()
+    def counts_add_up(self):
+        snapshot = self.dispatcher.snapshot(self.now)
+        assert snapshot.waiting == len(self.waiting) <= self.max_waiting
+        assert snapshot.running == len(self.running)
+
+    @invariant()
+    def nobody_waits_beside_a_worker_that_could_take_them(self):
+        self.dispatcher.handle(Tick(), self.now)  # changes nothing unless somebody was left waiting
+        assert self.dispatcher.snapshot(self.now).running == len(self.running)
+
+    def teardown(self):
+        for ticket in list(self.waiting) + list(self.running):
+            self.dispatcher.handle(Ended(ticket), self.now)
+        self.waiting, self.running = {}, {}
+        snapshot = self.dispatcher.snapshot(self.now)
+        assert (snapshot.waiting, snapshot.running) == (0, 0)
+        assert all(view.running == 0 for view in snapshot.workers)
+
+
+AnyHistory.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestAnyHistory = AnyHistory.TestCase
