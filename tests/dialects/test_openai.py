@@ -1,0 +1,336 @@
+import itertools
+import json
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from balancer.core.errors import BadRequest, ModelNotFound, RequestError
+from balancer.core.model import Endpoint, ModelName, ModelOffer
+from balancer.dialects.openai import (
+    AnswerError,
+    Assembly,
+    StreamReader,
+    error_body,
+    merge,
+    models_body,
+    parse,
+    parse_whole,
+    read_complaint,
+)
+
+CHAT = Endpoint.CHAT
+HELLO = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
+
+
+def parsed(**more):
+    return parse(CHAT, json.dumps(HELLO | more).encode())
+
+
+# Requests
+
+
+def test_what_routing_needs_is_read_off_a_request():
+    request = parsed(stream=True, stream_options={"include_usage": True})
+    assert (request.model, request.stream, request.usage_wanted) == ("m", True, True)
+
+
+def test_a_worker_is_always_asked_for_the_usage_of_a_stream():
+    body = orjson.loads(parsed(temperature=0.5).to_worker("their-name", stream=True))
+    assert body == {
+        "model": "their-name",
+        "messages": HELLO["messages"],
+        "temperature": 0.5,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
+@pytest.mark.parametrize("field", ["draft_model", "adapters", "chat_template", "n_discard", "prompt_embeds"])
+def test_parameters_that_could_harm_an_engine_do_not_reach_it(field):
+    assert field not in orjson.loads(parsed(**{field: "x"}).to_worker("m", stream=False))
+
+
+def test_null_means_left_out():
+    assert "temperature" not in parsed(temperature=None).fields
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"model": None}, "model"),
+        ({"model": 5}, "model"),
+        ({"model": "x" * 300}, "model"),
+        ({"messages": None}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": "hello"}, "messages"),
+        ({"messages": [{"role": "wizard", "content": ""}]}, "messages[0].role"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        ({"messages": [HELLO["messages"][0]] * 2001}, "messages"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"n": 1000}, "n"),
+        ({"stop": [1]}, "stop"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": {}}, "stream_options"),
+        ({"tools": {}}, "tools"),
+    ],
+)
+def test_a_wrong_field_is_named(more, param):
+    with pytest.raises(BadRequest) as caught:
+        parsed(**more)
+    assert caught.value.param == param
+    assert param in caught.value.message
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b'{"model": NaN}', b"[" * 100_000])
+def test_what_is_no_json_object_is_the_clients_fault(body):
+    with pytest.raises(BadRequest):
+        parse(CHAT, body)
+
+
+@given(
+    st.binary(max_size=200)
+    | st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: (
+            st.lists(inner)
+            | st.dictionaries(
+                st.sampled_from(
+                    ["model", "messages", "prompt", "input", "role", "content", "stream", "n", "stop"]
+                ),
+                inner,
+            )
+        ),
+    ).map(lambda value: json.dumps(value).encode()),
+    st.sampled_from(list(Endpoint)),
+)
+def test_any_body_is_either_a_request_or_the_clients_fault(body, endpoint):
+    try:
+        request = parse(endpoint, body)
+    except BadRequest as error:
+        assert orjson.loads(error_body(error))["error"]["message"]
+    else:
+        assert orjson.loads(request.to_worker("m", stream=True))["stream"] is True
+
+
+@pytest.mark.parametrize("prompt", ["a", ["a", "b"], [1, 2], [[1], [2]]])
+def test_every_form_of_prompt_is_taken(prompt):
+    body = json.dumps({"model": "m", "prompt": prompt, "input": prompt}).encode()
+    assert parse(Endpoint.COMPLETIONS, body).fields["prompt"] == prompt
+    assert parse(Endpoint.EMBEDDINGS, body).fields["input"] == prompt
+
+
+# Answers
+
+
+def chunk(delta: dict | None = None, finish: str | None = None, **more) -> bytes:
+    choice = {"index": 0, "delta": delta or {}, "finish_reason": finish}
+    return json.dumps(
+        {"id": "c1", "object": "chat.completion.chunk", "created": 5, "model": "m", "choices": [choice]}
+        | more
+    ).encode()
+
+
+USAGE = chunk(choices=[], usage={"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5})
+STREAM = [
+    chunk({"role": "assistant", "content": None}),
+    chunk({"content": "Hel"}),
+    chunk({"content": "lo"}),
+    chunk(finish="stop"),
+    USAGE,
+    b"[DONE]",
+]
+
+
+def test_an_answer_begins_with_its_first_word_and_ends_with_its_mark():
+    reader = StreamReader("m", usage_wanted=True)
+    states = []
+    for data in STREAM:
+        reader.read(data)
+        states.append((reader.begun, reader.finished, reader.done))
+    assert states == [
+        (False, False, False),
+        (True, False, False),
+        (True, False, False),
+        (True, True, False),
+        (True, True, False),
+        (True, True, True),
+    ]
+    assert (reader.usage.prompt_tokens, reader.usage.output_tokens) == (3, 2)
+
+
+def test_a_client_that_did_not_ask_for_usage_does_not_get_its_event():
+    reader = StreamReader("m", usage_wanted=False)
+    passed = [reader.read(data) for data in STREAM]
+    assert passed == [*STREAM[:4], None, None]
+    assert reader.usage.output_tokens == 2
+
+
+def test_a_workers_own_name_for_the_model_does_not_reach_the_client():
+    reader = StreamReader("public", usage_wanted=True)
+    passed = [reader.read(chunk({"content": '"model": "m"'}, model="/home/x/m")) for _ in range(2)]
+    for data in passed:
+        assert orjson.loads(data)["model"] == "public"
+        assert orjson.loads(data)["choices"][0]["delta"]["content"] == '"model": "m"'
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        b'{"error": {"message": "out of memory"}}',
+        b'{"choices": [], "error": "out of memory"}',
+        b'{"error":"out of memory"}',
+    ],
+)
+def test_an_error_in_a_stream_is_an_error(event):
+    with pytest.raises(AnswerError, match="out of memory"):
+        StreamReader("m", usage_wanted=True).read(event)
+
+
+@pytest.mark.parametrize("event", [b"garbage", b"[]", b'{"choices": 5}', b'{"choices": [5]}', b"\xff"])
+def test_garbage_where_an_answer_should_begin_is_an_error(event):
+    with pytest.raises(AnswerError):
+        StreamReader("m", usage_wanted=True).read(event)
+
+
+def assembled(*events: bytes, endpoint: Endpoint = CHAT) -> dict:
+    assembly = Assembly(endpoint, "public")
+    for data in events:
+        assembly.add(data)
+    return assembly.result()
+
+
+def test_a_stream_is_put_together_as_it_would_have_come_in_one_piece():
+    assert assembled(*STREAM[:-1]) == {
+        "id": "c1",
+        "object": "chat.completion",
+        "created": 5,
+        "model": "public",
+        "choices": [
+            {"index": 0, "message": {"role": "assistant", "content": "Hello"}, "finish_reason": "stop"}
+        ],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
+    }
+
+
+def test_tool_calls_are_put_together_by_their_index():
+    def call(index: int, **more) -> dict:
+        return {"tool_calls": [{"index": index, **more}]}
+
+    answer = assembled(
+        chunk({"role": "assistant"}),
+        chunk(call(0, id="a", type="function", function={"name": "f", "arguments": ""})),
+        chunk(call(0, function={"arguments": '{"x"'})),
+        chunk(call(1, id="b", type="function", function={"name": "g", "arguments": "{}"})),
+        chunk(call(0, function={"arguments": ": 1}"})),
+        chunk(finish="tool_calls"),
+    )
+    message = answer["choices"][0]["message"]
+    assert message["content"] is None
+    assert message["tool_calls"] == [
+        {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}},
+        {"id": "b", "type": "function", "function": {"name": "g", "arguments": "{}"}},
+    ]
+
+
+def test_what_an_engine_adds_of_its_own_arrives_too():
+    answer = assembled(
+        chunk({"reasoning_content": "hm"}), chunk({"reasoning_content": "m"}), chunk(finish="stop")
+    )
+    assert answer["choices"][0]["message"]["reasoning_content"] == "hmm"
+
+
+def test_several_choices_are_kept_apart():
+    def of(index: int, text: str) -> bytes:
+        return json.dumps({"choices": [{"index": index, "text": text, "finish_reason": None}]}).encode()
+
+    answer = assembled(of(1, "b"), of(0, "a"), of(1, "c"), endpoint=Endpoint.COMPLETIONS)
+    assert [choice["text"] for choice in answer["choices"]] == ["a", "bc"]
+
+
+def test_logprobs_are_joined():
+    def piece(token: str) -> bytes:
+        return chunk(
+            choices=[{"index": 0, "delta": {"content": token}, "logprobs": {"content": [{"token": token}]}}]
+        )
+
+    answer = assembled(piece("a"), piece("b"))
+    assert answer["choices"][0]["logprobs"] == {"content": [{"token": "a"}, {"token": "b"}]}
+
+
+@given(st.text(), st.lists(st.integers(0, 50)))
+def test_a_text_is_the_same_however_it_was_cut(text, places):
+    bounds = [0, *sorted(min(place, len(text)) for place in places), len(text)]
+    whole: dict = {}
+    for start, end in itertools.pairwise(bounds):
+        merge(whole, {"content": text[start:end]})
+    assert whole["content"] == text
+
+
+def test_an_answer_in_one_piece_gets_its_public_name():
+    answer, usage = parse_whole(b'{"model": "/x", "data": [], "usage": {"prompt_tokens": 7}}', "public")
+    assert (answer["model"], usage.prompt_tokens) == ("public", 7)
+
+
+@pytest.mark.parametrize("count", [-1, 10**12, "5", True, None])
+def test_absurd_counts_are_not_believed(count):
+    body = json.dumps({"choices": [], "usage": {"completion_tokens": count}}).encode()
+    assert parse_whole(body, "m")[1].output_tokens is None
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>", b"{}", b'{"error": "x"}', b"[]"])
+def test_what_is_no_answer_is_an_error(body):
+    with pytest.raises(AnswerError):
+        parse_whole(body, "m")
+
+
+# Errors and models
+
+
+def test_an_error_has_the_form_that_sdks_read():
+    error = ModelNotFound("x", ["a", "b"])
+    assert orjson.loads(error_body(error))["error"] == {
+        "message": "The model 'x' is not served here. Models that are: a, b.",
+        "type": "invalid_request_error",
+        "param": "model",
+        "code": "model_not_found",
+    }
+
+
+@given(
+    st.binary(max_size=100) | st.sampled_from([b'{"error": {"message": 5, "code": {}}}', b'{"error": []}'])
+)
+def test_any_complaint_of_a_worker_can_be_read(body):
+    assert read_complaint(body).message
+
+
+def test_llama_cpps_word_for_a_long_prompt_becomes_openais():
+    body = b'{"error":{"code":400,"message":"too long","type":"exceed_context_size_error"}}'
+    complaint = read_complaint(body)
+    assert (complaint.code, complaint.message) == ("context_length_exceeded", "too long")
+
+
+def test_a_workers_words_cannot_draw_on_a_terminal():
+    assert "\x1b" not in read_complaint(b'{"error": "\\u001b[31mred"}').message
+
+
+def test_models_of_the_room_show_the_context_that_any_worker_can_hold():
+    offers = tuple(ModelOffer(name=ModelName("m"), context_tokens=n) for n in (8192, 4096, None))
+    (entry,) = models_body({ModelName("m"): offers})["data"]
+    assert (entry["id"], entry["object"], entry["context_length"], entry["workers"]) == (
+        "m",
+        "model",
+        4096,
+        3,
+    )
+
+
+def test_every_error_has_a_status_and_a_type():
+    for kind in RequestError.__subclasses__():
+        assert 400 <= kind.status < 600
+        assert kind.type.endswith("_error")
