@@ -144,10 +144,9 @@ class Leases:
             self._reasons.pop(ticket, None)
             self.tell(ended)
 
-    async def tick_forever(self) -> None:
-        while True:
-            await asyncio.sleep(TICK_SECONDS)
-            self.tell(Tick())
+    def tick(self) -> None:
+        """Time has passed; call it every TICK_SECONDS."""
+        self.tell(Tick())
 
     def snapshot(self) -> Snapshot:
         return self._dispatcher.snapshot(self._clock())

@@ -64,6 +64,10 @@ class BodyTimeout(RequestError):
     status, type, code = 408, "invalid_request_error", "request_timeout"
 
 
+class Conflict(RequestError):
+    status, type, code = 409, "invalid_request_error", "conflict"
+
+
 class BodyTooLarge(RequestError):
     status, type, code = 413, "invalid_request_error", "request_too_large"
 

@@ -1,0 +1,221 @@
+"""The only place that builds the balancer: what exists, who is given what, in which order it starts."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import random
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+import aiohttp
+from aiohttp import web
+
+from balancer.core.admission import AdmissionPolicy
+from balancer.core.breaker import BreakerPolicy
+from balancer.core.dispatcher import Dispatcher, DispatchPolicy, Snapshot
+from balancer.core.errors import Conflict
+from balancer.core.model import Event, Served, Worker, WorkerId
+from balancer.core.placement import PlacementPolicy
+from balancer.core.retry import RetryPolicy
+from balancer.discovery import Browser, NotAdmitted, Roster
+from balancer.front import Front, FrontPolicy
+from balancer.journey import Journey, JourneyPolicy, Observer
+from balancer.leases import TICK_SECONDS, Leases
+from balancer.metrics import Metrics
+from balancer.relay import Relay
+from balancer.settings import Settings
+from balancer.upstream import TimeoutPolicy, Upstream
+from balancer.watch import Watches, WatchPolicy
+from worker_agent.wire import Join
+
+log = logging.getLogger(__name__)
+
+MAX_LINE_BYTES = 8190
+"""Of a request line or a header, on the client's side."""
+
+DRAIN_LOOK_SECONDS = 0.05
+
+
+class PortTaken(Exception):
+    """Somebody listens on the address already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A balancer that listens."""
+
+    port: int
+    leases: Leases
+
+    def snapshot(self) -> Snapshot:
+        return self.leases.snapshot()
+
+
+@asynccontextmanager
+async def running(settings: Settings) -> AsyncIterator[Running]:
+    """A balancer from these settings, listening inside the block.
+
+    Leaving the block stops accepting, lets running requests finish within `drain_timeout`, and closes
+    everything in the reverse order of its start. Raises `PortTaken`.
+    """
+    loop = asyncio.get_running_loop()
+    clock = loop.time
+    chance = random.Random()
+    async with AsyncExitStack() as stack:
+        leases = Leases(Dispatcher(_dispatch_policy(settings), chance, started=clock()), clock)
+        upstream = await stack.enter_async_context(
+            Upstream(TimeoutPolicy(settings.connect_timeout, settings.read_timeout))
+        )
+        session = await stack.enter_async_context(_watch_session(settings))
+
+        def heard(event: Event) -> None:
+            leases.tell(event)
+            roster.notice(event)
+
+        watches = Watches(
+            tell=heard,
+            session=session,
+            policy=WatchPolicy(interval_seconds=settings.health_check_interval),
+        )
+        stack.push_async_callback(watches.aclose)
+        roster = Roster(tell=leases.tell, watches=watches, clock=clock)
+        roster.static(settings.room)
+
+        def join(asking: Join, address: str) -> None:
+            try:
+                roster.joined(asking, address)
+            except NotAdmitted as refused:
+                raise Conflict(f"{refused}.") from refused
+
+        metrics = Metrics(leases.snapshot) if settings.enable_metrics else None
+        observers: list[Observer] = [log_served]
+        if metrics is not None:
+            observers.append(metrics.observe)
+        headers: Mapping[WorkerId, Mapping[str, str]] = {
+            entry.worker.id: entry.headers for entry in settings.room
+        }
+        nothing: Mapping[str, str] = {}
+
+        def headers_for(worker: Worker) -> Mapping[str, str]:
+            return headers.get(worker.id, nothing)
+
+        journey = Journey(
+            leases,
+            Relay(upstream, clock, headers_for),
+            JourneyPolicy(
+                retry=RetryPolicy(max_retries=settings.max_retries),
+                total_seconds=settings.request_timeout,
+                max_wait_seconds=settings.max_wait,
+            ),
+            clock=clock,
+            chance=chance,
+            observers=observers,
+        )
+        front = Front(
+            journey,
+            FrontPolicy(max_body_bytes=settings.max_body_mib * 1024 * 1024),
+            snapshot=leases.snapshot,
+            join=join,
+            metrics=metrics,
+        )
+        ticking = await stack.enter_async_context(asyncio.TaskGroup())
+        for ticks in (_tick(leases.tick, TICK_SECONDS), _tick(roster.tick, 1.0)):
+            stack.callback(ticking.create_task(ticks).cancel)
+        port = await _listen(front.application(), settings, stack, leases)
+        if settings.mdns:
+            browser = Browser(found=roster.found)
+            stack.push_async_callback(browser.aclose)
+            await browser.start()
+        gc.collect()
+        gc.freeze()  # what lives as long as the process need not be looked at by every collection
+        log.info("listening on http://%s:%d", settings.host, port)
+        yield Running(port, leases)
+
+
+async def _tick(tick: Callable[[], None], seconds: float) -> None:
+    while True:
+        await asyncio.sleep(seconds)
+        tick()
+
+
+async def _listen(app: web.Application, settings: Settings, stack: AsyncExitStack, leases: Leases) -> int:
+    runner = web.AppRunner(
+        app,
+        access_log=None,
+        handler_cancellation=True,  # a client that leaves ends its handler, and with it the work (D3)
+        auto_decompress=False,
+        lingering_time=0,
+        keepalive_timeout=75,
+        max_line_size=MAX_LINE_BYTES,
+        max_field_size=MAX_LINE_BYTES,
+        shutdown_timeout=0.5,  # what is worth waiting for has been waited for by `_drain`
+    )
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    site = web.TCPSite(runner, settings.host, settings.port)
+    try:
+        await site.start()
+    except OSError as error:
+        raise PortTaken(
+            f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}. "
+            "Choose another port with --port."
+        ) from error
+    address = runner.addresses[0]
+    stack.push_async_callback(_drain, site, leases, settings.drain_timeout)
+    return int(address[1])
+
+
+async def _drain(site: web.TCPSite, leases: Leases, seconds: float) -> None:
+    """No new connections; what waits or runs may finish, for so long."""
+    await site.stop()
+    deadline = asyncio.get_running_loop().time() + seconds
+    while asyncio.get_running_loop().time() < deadline:
+        room = leases.snapshot()
+        if not room.running and not room.waiting:
+            return
+        await asyncio.sleep(DRAIN_LOOK_SECONDS)
+
+
+def _watch_session(settings: Settings) -> aiohttp.ClientSession:
+    """Its own connections: a relay that is busy cannot hold up a report, nor the other way round."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=15),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout),
+        trust_env=False,
+    )
+
+
+def _dispatch_policy(settings: Settings) -> DispatchPolicy:
+    return DispatchPolicy(
+        placement=PlacementPolicy(settings.policy, settings.scorer_weights.model_dump()),
+        admission=AdmissionPolicy(max_waiting=settings.max_queue),
+        breaker=BreakerPolicy(
+            trip_after=settings.breaker_trip_after,
+            rest_seconds=settings.breaker_rest,
+            longest_rest_seconds=max(60.0, settings.breaker_rest),
+        ),
+    )
+
+
+def log_served(served: Served) -> None:
+    """One line per finished request; no text, no key."""
+    last = served.attempts[-1] if served.attempts else None
+    tokens = last.measures.output_tokens if last else None
+    log.info(
+        "%s %s %s %d%s worker=%s attempts=%d queued=%.3fs took=%.3fs%s id=%s",
+        served.client or "-",
+        served.endpoint.value,
+        served.model if served.model.isprintable() else ascii(served.model),
+        served.status,
+        f" {served.error}" if served.error else "",
+        last.worker_id if last else "-",
+        len(served.attempts),
+        served.queue_seconds,
+        served.seconds,
+        f" tokens={tokens}" if tokens is not None else "",
+        served.request_id,
+    )

@@ -1,0 +1,213 @@
+"""`balancer up`: a balancer and a worker agent on this machine, from nothing to a first answer.
+
+The agent is a process of its own, as on any other machine; this one starts it again should it die, and
+takes it down with itself: its standard input is a pipe that closes when this process ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from balancer.app import Running
+from balancer.core.dispatcher import WorkerView
+
+log = logging.getLogger(__name__)
+
+AGENT_LOG = "agent.log"
+CANNOT_RUN = 2
+"""The agent's exit status for what a restart does not mend: no engine, a wrong setting."""
+STOP_SECONDS = 20.0
+"""An agent lets running answers finish for 10 s, and its engine has a few more to end."""
+LOOK_SECONDS = 0.2
+SHORTEST_REST, LONGEST_REST = 1.0, 30.0
+
+
+class AgentFailed(Exception):
+    """The agent cannot run; the message is its own last words."""
+
+
+@dataclass(slots=True)
+class LocalAgent:
+    """The worker agent that `up` runs beside the balancer."""
+
+    log_file: Path
+    options: tuple[str, ...] = ()
+    """Passed on to `worker-agent run`: which engine and model, how many slots."""
+    _process: asyncio.subprocess.Process | None = None
+
+    @asynccontextmanager
+    async def running(self, balancer_port: int, data_dir: Path) -> AsyncIterator[asyncio.Task[None]]:
+        """Started, and started again while the block runs.
+
+        Gives the task that does it: it ends with `AgentFailed` when starting again is of no use.
+        """
+        command = (
+            sys.executable,
+            *("-m", "worker_agent", "run", "--host", "127.0.0.1", "--port", "0", "--no-mdns"),
+            *("--balancer", f"http://127.0.0.1:{balancer_port}"),
+            *("--data-dir", str(data_dir), "--exit-with-parent"),
+            *self.options,
+        )
+        # Kept here, awaited on leaving.
+        keeping = asyncio.create_task(self._keep(command), name="local agent")  # noqa: TID251
+        try:
+            yield keeping
+        finally:
+            keeping.cancel()
+            with suppress(asyncio.CancelledError, AgentFailed):
+                await keeping
+            await self._stop()
+
+    async def _keep(self, command: tuple[str, ...]) -> None:
+        loop = asyncio.get_running_loop()
+        rest = SHORTEST_REST
+        while True:
+            began = loop.time()
+            status = await self._run_once(command)
+            if status == CANNOT_RUN:
+                raise AgentFailed(self.last_words())
+            log.warning("the worker agent ended with status %d; it is started again in %g s", status, rest)
+            await asyncio.sleep(rest)
+            lived = loop.time() - began
+            rest = SHORTEST_REST if lived > 60 else min(rest * 2, LONGEST_REST)
+
+    async def _run_once(self, command: tuple[str, ...]) -> int:
+        self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        with self.log_file.open("wb") as output:
+            # A session of its own: Ctrl-C in the terminal is for us, who then stop it in order.
+            self._process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        return await self._process.wait()
+
+    async def _stop(self) -> None:
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        process.send_signal(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(STOP_SECONDS):
+                await process.wait()
+        except TimeoutError:
+            log.warning("the worker agent does not stop; it is killed, and its engine with it")
+            process.kill()
+            await process.wait()
+
+    def last_words(self, lines: int = 12) -> str:
+        """The end of the agent's log."""
+        with suppress(OSError), self.log_file.open("rb") as file:
+            file.seek(max(file.seek(0, 2) - 8192, 0))
+            text = file.read().decode("utf-8", "replace").strip()
+            return "\n".join(text.splitlines()[-lines:])
+        return ""
+
+
+async def until_ready(
+    balancer: Running, keeping: asyncio.Task[None], show: Callable[[str], None]
+) -> WorkerView:
+    """The first worker that can be used. `show` is told what is going on meanwhile.
+
+    Raises `AgentFailed`.
+    """
+    while True:
+        workers = balancer.snapshot().workers
+        for view in workers:
+            if view.state == "ready" and view.models:
+                return view
+        if keeping.done():
+            await keeping
+        ours = next((view for view in workers if view.worker.type == "agent"), None)
+        show(_progress(ours))
+        await asyncio.sleep(LOOK_SECONDS)
+
+
+def _progress(agent: WorkerView | None) -> str:
+    if agent is None or agent.state in ("unknown", "lost"):
+        return "starting the worker agent"
+    if agent.state == "starting":
+        return f"{agent.engine} loads its model on {agent.hardware}"
+    return f"{agent.engine} is {agent.state}{': ' if agent.detail else ''}{agent.detail}"
+
+
+# What is shown at the end; pure but for `lan_addresses`.
+
+
+def welcome(
+    view: WorkerView, *, port: int, addresses: tuple[str, ...], loopback_only: bool
+) -> dict[str, str]:
+    """What a new user wants to know, by heading; the commands work as pasted."""
+    model = view.models[0]
+    local = f"http://127.0.0.1:{port}"
+    texts = {
+        "Endpoint": "\n".join([f"{local}/v1", *(f"http://{address}:{port}/v1" for address in addresses)]),
+        "Model": f"{model} ({view.engine} on {view.hardware})" if view.hardware else model,
+        "Try it": (
+            f"curl {local}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+            f'  -d \'{{"model": "{model}", "stream": true, '
+            '"messages": [{"role": "user", "content": "Say hello."}]}\''
+        ),
+        "From Python": (
+            "from openai import OpenAI\n"
+            f'client = OpenAI(base_url="{local}/v1", api_key="none")\n'
+            "answer = client.chat.completions.create(\n"
+            f'    model="{model}", messages=[{{"role": "user", "content": "Say hello."}}]\n'
+            ")\n"
+            "print(answer.choices[0].message.content)"
+        ),
+        "Another machine": _joining(port, addresses, loopback_only),
+    }
+    if view.advice:
+        texts["This machine could do more"] = "\n".join(view.advice)
+    return texts
+
+
+def _joining(port: int, addresses: tuple[str, ...], loopback_only: bool) -> str:
+    if loopback_only or not addresses:
+        return "needs this balancer to listen on the network: start it with --host 0.0.0.0"
+    return (
+        "on it, in a checkout of this project:\n"
+        f"pip install uv && uv run worker-agent join http://{addresses[0]}:{port}"
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a balancer that listens there can be reached from this machine only."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def lan_addresses() -> tuple[str, ...]:
+    """This machine's IPv4 addresses on networks that a room may be on, those of running interfaces."""
+    running = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
+    found = [
+        address.address
+        for name, addresses in psutil.net_if_addrs().items()
+        if name in running and not name.startswith(("docker", "br-", "veth"))
+        for address in addresses
+        if _is_lan(address.address)
+    ]
+    return tuple(dict.fromkeys(found))
+
+
+def _is_lan(text: str) -> bool:
+    try:
+        address = ipaddress.IPv4Address(text)
+    except ValueError:
+        return False
+    return address.is_private and not (address.is_loopback or address.is_link_local)
