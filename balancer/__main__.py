@@ -254,14 +254,16 @@ async def _until_signalled(main: Callable[[asyncio.Event], Awaitable[None]]) -> 
 
 async def _first(work: Coroutine[Any, Any, Any], stop: asyncio.Event) -> Any:
     """What the work gives; None if it is to stop before."""
-    async with asyncio.TaskGroup() as group:
-        working = group.create_task(work)
-        stopping = group.create_task(stop.wait())
+    # Both are kept here and awaited here; a task group would wrap what the work raises.
+    working = asyncio.create_task(work)  # noqa: TID251
+    stopping = asyncio.create_task(stop.wait())  # noqa: TID251
+    try:
         await asyncio.wait((working, stopping), return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        working.cancel()
         stopping.cancel()
-        if not working.done():
-            working.cancel()
-    return None if working.cancelled() else working.result()
+        await asyncio.gather(working, stopping, return_exceptions=True)
 
 
 async def _forever(keeping: asyncio.Task[None]) -> None:

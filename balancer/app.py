@@ -7,7 +7,7 @@ import gc
 import logging
 import random
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 
 import aiohttp
@@ -121,9 +121,8 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
             join=join,
             metrics=metrics,
         )
-        ticking = await stack.enter_async_context(asyncio.TaskGroup())
-        for ticks in (_tick(leases.tick, TICK_SECONDS), _tick(roster.tick, 1.0)):
-            stack.callback(ticking.create_task(ticks).cancel)
+        await stack.enter_async_context(_ticking(leases.tick, TICK_SECONDS))
+        await stack.enter_async_context(_ticking(roster.tick, 1.0))
         port = await _listen(front.application(), settings, stack, leases)
         if settings.mdns:
             browser = Browser(found=roster.found)
@@ -135,10 +134,26 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
         yield Running(port, leases)
 
 
-async def _tick(tick: Callable[[], None], seconds: float) -> None:
-    while True:
-        await asyncio.sleep(seconds)
-        tick()
+@asynccontextmanager
+async def _ticking(tick: Callable[[], None], seconds: float) -> AsyncIterator[None]:
+    """Calls `tick` again and again while the block runs."""
+
+    async def go_on() -> None:
+        while True:
+            await asyncio.sleep(seconds)
+            try:
+                tick()
+            except Exception:  # without it nobody would be refused or retried again
+                log.exception("a defect of the balancer, in what it does every %g s", seconds)
+
+    # Kept here, awaited on leaving. A task group would wrap what is raised in the block.
+    task = asyncio.create_task(go_on())  # noqa: TID251
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
 
 
 async def _listen(app: web.Application, settings: Settings, stack: AsyncExitStack, leases: Leases) -> int:

@@ -39,7 +39,8 @@ log = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_HARMLESS_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_REQUEST_ID = web.RequestKey("request_id", str)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,12 +243,12 @@ def _refusal(request: web.Request, error: RequestError) -> web.Response:
 
 def _request_id(request: web.Request) -> str:
     """The client's own id where it is harmless in a log and a header, else one of ours."""
-    known = request.get("request_id")
+    known = request.get(_REQUEST_ID)
     if known is None:
         theirs = request.headers.get(REQUEST_ID_HEADER, "")
-        known = theirs if _REQUEST_ID.fullmatch(theirs) else f"req_{uuid.uuid4().hex}"
-        request["request_id"] = known
-    return str(known)
+        known = theirs if _HARMLESS_ID.fullmatch(theirs) else f"req_{uuid.uuid4().hex}"
+        request[_REQUEST_ID] = known
+    return known
 
 
 def _headers(story: Story, attempts: int) -> dict[str, str]:

@@ -1,0 +1,793 @@
+"""The JSON file that people edit: its schema, its reader, and faults that say where and what instead.
+
+Read with a small grammar rather than `json`, so that every key and value knows its line and column,
+and so that what hands do is either forgiven (`//` and `/* */` comments, a trailing comma, a byte order
+mark) or named (a missing comma, single quotes, `True`). All faults are told at once.
+
+`parse` is pure; `read` adds the reading of the file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import ipaddress
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
+
+from lark import Lark, Token, Transformer, UnexpectedCharacters, UnexpectedInput, UnexpectedToken
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+
+from balancer.core.model import ModelName, Worker, WorkerId
+from balancer.worker_types import DEFAULT_TYPE, WORKER_TYPES
+
+MAX_FILE_BYTES = 1024 * 1024
+MAX_DEPTH = 32  # the schema needs four levels; the bound keeps hostile nesting off our own stack
+MAX_FAULTS = 50  # of one file; more is not a list that anybody reads
+MAX_WORKERS = 1024
+DEFAULT_MAX_CONCURRENT_REQUESTS = 5
+
+
+# Faults ...
+
+
+class Place(NamedTuple):
+    """Where something begins in a text; both count from 1, columns in characters."""
+
+    line: int
+    column: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing that is wrong with a file, and what was expected there."""
+
+    name: str
+    place: Place | None
+    """None: the fault is of the file as a whole."""
+    sentence: str
+
+    def __str__(self) -> str:
+        where = f":{self.place.line}:{self.place.column}" if self.place else ""
+        return f"{self.name}{where}: {self.sentence}"
+
+
+class ConfigFaults(Exception):
+    """Everything that is wrong with a configuration file, one line each, in the order of the file."""
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        self.faults = tuple(faults)
+        lines = [str(fault) for fault in self.faults[:MAX_FAULTS]]
+        if len(self.faults) > MAX_FAULTS:
+            lines.append(f"... and {len(self.faults) - MAX_FAULTS} more faults")
+        super().__init__("\n".join(lines))
+
+
+# The schema. The docstrings of the fields are the descriptions in the published JSON schema ...
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+def _printable(value: str) -> str:
+    if not value.isprintable() or not value.strip():
+        raise ValueError(f"{_shown(value)} holds nothing, or a character that cannot be printed")
+    return value
+
+
+Name = Annotated[str, Field(min_length=1, max_length=128)]
+Seconds = Annotated[float, Field(ge=0.1, le=86_400)]
+Weight = Annotated[float, Field(ge=0, le=1000)]
+
+
+class SecretReference(_Strict):
+    """Where a key is to be read when the balancer starts: exactly one of the two."""
+
+    env: Name | None = None
+    """The name of an environment variable that holds the key."""
+    file: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    """A file that holds the key and nothing else; a relative path starts at the folder of this JSON file."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _never_the_key_itself(cls, value: object) -> object:
+        if isinstance(value, str):
+            raise ValueError(
+                'a key does not belong into this file: write {"env": "NAME"} or {"file": "PATH"}, '
+                "and put the key there"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> SecretReference:
+        if (self.env is None) == (self.file is None):
+            raise ValueError('api_key takes exactly one of {"env": "NAME"} and {"file": "PATH"}')
+        return self
+
+
+class WorkerEntry(_Strict):
+    """One serving endpoint of the room."""
+
+    host: Annotated[str, Field(min_length=1, max_length=253)]
+    """Name or address of the machine, alone: no `http://`, no port."""
+    port: int | None = Field(default=None, ge=1, le=65535)
+    """Left out: 4100 for agent, 11434 for ollama, 1234 for lm_studio, 8000 for openai."""
+    type: Literal["agent", "ollama", "lm_studio", "openai"] = DEFAULT_TYPE
+    """How to talk to it. Left out: openai, which every compatible server answers to."""
+    id: Name | None = None
+    """Its name in logs, metrics and the dashboard. Left out: `host:port`. For an agent: its own id."""
+    model: Name | None = None
+    """The one model to ask of it. Left out: all models that it reports."""
+    max_concurrent_requests: int | None = Field(default=None, ge=1, le=4096)
+    """At most so many requests at once. Left out: 5, and for an agent what its engine can do."""
+    api_key: SecretReference | None = None
+    """Sent as `Authorization: Bearer` to a worker of type openai."""
+    tls: bool = False
+    """Speak HTTPS to it."""
+
+    @field_validator("id", "model")
+    @classmethod
+    def _named_printably(cls, value: str | None) -> str | None:
+        return value if value is None else _printable(value)
+
+    @field_validator("host")
+    @classmethod
+    def _host_alone(cls, value: str) -> str:
+        return _bare_host(value)
+
+    @model_validator(mode="after")
+    def _key_where_it_is_sent(self) -> WorkerEntry:
+        if self.api_key is not None and self.type != "openai":
+            raise ValueError(f'api_key is sent to type openai only, this worker is of type "{self.type}"')
+        return self
+
+    @property
+    def effective_port(self) -> int:
+        return self.port or WORKER_TYPES[self.type].default_port
+
+    @property
+    def effective_id(self) -> WorkerId:
+        return WorkerId(self.id or f"{self.host}:{self.effective_port}")
+
+    def worker(self) -> Worker:
+        """The unit of routing that this entry describes, defaults filled in."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        cap = self.max_concurrent_requests
+        if cap is None and self.type != "agent":  # only an agent knows how much its engine does at once
+            cap = DEFAULT_MAX_CONCURRENT_REQUESTS
+        return Worker(
+            id=self.effective_id,
+            type=self.type,
+            url=f"{'https' if self.tls else 'http'}://{host}:{self.effective_port}",
+            cap=cap,
+            only=frozenset() if self.model is None else frozenset({ModelName(self.model)}),
+        )
+
+
+class ScorerWeights(_Strict):
+    """How much each scorer counts; at least one above 0."""
+
+    availability: Weight = 0.4
+    """Share of the worker's slots that are free."""
+    success_rate: Weight = 0.4
+    """Share of its latest requests that went well."""
+    response_time: Weight = 0.2
+    """The best average in the room by its own average."""
+
+    @model_validator(mode="after")
+    def _something_counts(self) -> ScorerWeights:
+        if not self.availability + self.success_rate + self.response_time > 0:
+            raise ValueError("every scorer weighs 0: expected at least one weight above 0")
+        return self
+
+
+def _default_data_dir() -> Path:
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "llm-room-balancer"
+    return Path.home() / ".local" / "share" / "llm-room-balancer"
+
+
+def _folder(value: object) -> object:
+    match value:
+        case None:
+            return _default_data_dir()
+        case "":
+            raise ValueError("an empty path: expected a folder, or null for the platform's own place")
+        case str() if "\0" in value:
+            raise ValueError("a path cannot hold a NUL character")
+        case str() if value == "~" or value.startswith("~/"):  # another user's `~name` is not looked up
+            return Path.home() / value[2:]
+        case str():
+            return Path(value)
+    return value
+
+
+def _capital(value: object) -> object:
+    return value.upper() if isinstance(value, str) else value
+
+
+class Tunables(_Strict):
+    """Every setting beside the workers, with default and bounds: of file, environment and flags."""
+
+    host: Annotated[str, Field(min_length=1, max_length=253)] = "0.0.0.0"
+    """The address to listen on; 0.0.0.0: all of this machine's."""
+    port: int = Field(default=4000, ge=1, le=65535)
+    """The port to listen on."""
+    data_dir: Annotated[
+        Path, BeforeValidator(_folder), WithJsonSchema({"type": ["string", "null"], "minLength": 1})
+    ] = Field(default_factory=_default_data_dir)
+    """Where batches and files are kept; null: the platform's place under the home directory."""
+    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_capital)] = "INFO"
+    """The least that is logged."""
+    enable_metrics: bool = True
+    """Serve /metrics for Prometheus."""
+    mdns: bool = True
+    """Look for agents on the local network by mDNS."""
+    health_check_interval: Seconds = 5.0
+    """Seconds between two probes of a worker that has no agent."""
+    request_timeout: Seconds = 300.0
+    """Seconds that a request may take in all."""
+    connect_timeout: Seconds = 10.0
+    """Seconds that connecting to a worker may take."""
+    read_timeout: Seconds = 60.0
+    """Seconds that a worker may stay silent within an answer."""
+    max_retries: int = Field(default=3, ge=0, le=20)
+    """How often a failed request is tried again, on another worker where there is one."""
+    max_queue: int = Field(default=1000, ge=0, le=100_000)
+    """Requests that may wait for room at once; one more is refused."""
+    max_wait: Seconds = 120.0
+    """Seconds that a request waits for room before it is refused."""
+    max_body_mib: int = Field(default=32, ge=1, le=1024)
+    """The largest request body, in MiB."""
+    max_concurrent_batch: int = Field(default=50, ge=1, le=10_000)
+    """Batch lines that are under way at once."""
+    policy: Literal["weighted_random"] = "weighted_random"
+    """How a worker is picked among those that have room."""
+    scorer_weights: ScorerWeights = ScorerWeights()
+    """What the policy weighs, and how much."""
+    breaker_trip_after: int = Field(default=3, ge=1, le=1000)
+    """Failures in a row after which a worker is left alone."""
+    breaker_rest: Seconds = 10.0
+    """Seconds for which it is left alone before a probe."""
+    drain_timeout: float = Field(default=30.0, ge=0, le=86_400)
+    """Seconds that running requests may still take when the balancer stops."""
+
+
+class ConfigFile(Tunables):
+    """The JSON file of a room: its workers, and any setting that is not to stay at its default."""
+
+    schema_: str | None = Field(default=None, alias="$schema")
+    """The JSON schema that an editor may use for completion."""
+    workers: Annotated[tuple[WorkerEntry, ...], Field(max_length=MAX_WORKERS)] = ()
+    """The workers that always belong to the room; agents also join by themselves."""
+
+
+# Reading ...
+
+
+def read(path: Path) -> ConfigFile:
+    """The file's content, defaults filled in.
+
+    Raises `ConfigFaults` with everything that is wrong with it, a missing file included.
+    """
+    name = str(path)
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except FileNotFoundError:
+        raise ConfigFaults([Fault(name, None, "there is no such file")]) from None
+    except OSError as error:
+        raise ConfigFaults([Fault(name, None, f"cannot be read: {error.strerror or error}")]) from error
+    if len(data) > MAX_FILE_BYTES:
+        raise ConfigFaults([Fault(name, None, f"longer than {MAX_FILE_BYTES} bytes")])
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        before = data[: error.start].decode("utf-8").removeprefix("\ufeff")
+        place = Place(before.count("\n") + 1, len(before) - before.rfind("\n"))
+        sentence = f"byte 0x{data[error.start]:02x} is not UTF-8: save the file in that encoding"
+        raise ConfigFaults([Fault(name, place, sentence)]) from None
+    return parse(text, name)
+
+
+def parse(text: str, name: str) -> ConfigFile:
+    """The content of a file that calls itself `name`, defaults filled in.
+
+    Raises `ConfigFaults`, and nothing else.
+    """
+    document = _Document(text.removeprefix("\ufeff"))
+    faults = sorted(document.faults)
+    if faults or document.content is None:
+        raise ConfigFaults([Fault(name, place, sentence) for place, sentence in faults])
+    return document.content
+
+
+_Complaint: TypeAlias = tuple[Place, str]
+
+
+class _Document:
+    """One text on its way to a `ConfigFile`; what is wrong is collected on the way."""
+
+    def __init__(self, text: str) -> None:
+        self.content: ConfigFile | None = None
+        self.faults: list[_Complaint] = []
+        root = self._tree(text)
+        if root is None:
+            return
+        plain = _plain(root, self.faults)
+        spoiled = {place for place, _ in self.faults}
+        try:
+            self.content = ConfigFile.model_validate(plain)
+        except ValidationError as error:
+            told = (_sentence(details, root) for details in error.errors(include_url=False))
+            # What could not even be read was told already.
+            self.faults += [complaint for complaint in told if complaint[0] not in spoiled]
+        self.faults += _clashes(root)
+
+    def _tree(self, text: str) -> _Node | None:
+        if len(text) > MAX_FILE_BYTES:
+            self.faults.append((Place(1, 1), f"longer than {MAX_FILE_BYTES} characters"))
+            return None
+        try:
+            # With the transformer built in, the parser hands over the root node, not a tree.
+            root: object = _grammar().parse(text, on_error=self._bridged)
+        except UnexpectedInput as error:
+            self.faults.append(_syntax(error, text))
+            return None
+        return root if isinstance(root, _Scalar | _Object | _Array) else None
+
+    def _bridged(self, error: UnexpectedInput) -> bool:
+        """Reads on over a missing comma, the commonest slip, so that the rest is checked too."""
+        if not isinstance(error, UnexpectedToken) or "COMMA" not in error.accepts:
+            return False
+        token = error.token
+        if token.type not in _VALUE_TERMINALS or len(self.faults) >= MAX_FAULTS:
+            return False
+        try:
+            error.interactive_parser.feed_token(Token("COMMA", ","))
+            error.interactive_parser.feed_token(token)
+        except UnexpectedToken:  # `{"a": 1 {` needs more than a comma
+            return False
+        self.faults.append((_place(token), f"expected a comma before {_shown_token(token)}"))
+        return True
+
+
+# The grammar reads more than JSON: what is nearly right becomes a node, and then one precise fault.
+_GRAMMAR = r"""
+start: value
+?value: mapping | sequence | scalar
+mapping: LBRACE (pair (COMMA pair)* COMMA?)? RBRACE
+sequence: LBRACKET (value (COMMA value)* COMMA?)? RBRACKET
+pair: key COLON value
+key: STRING | SINGLE | NAME
+scalar: STRING | SINGLE | NUMBER | NAME
+
+LBRACE: "{"
+RBRACE: "}"
+LBRACKET: "["
+RBRACKET: "]"
+COMMA: ","
+COLON: ":"
+STRING: /"(?:[^"\\\n]|\\[^\n])*"/
+SINGLE: /'(?:[^'\\\n]|\\[^\n])*'/
+NUMBER: /[-+.0-9][-+.0-9A-Za-z_]*/
+NAME: /[A-Za-z_$][A-Za-z0-9_$]*/
+%ignore /[ \t\r\n]+/
+%ignore /\/\/[^\n]*/
+%ignore /\/\*[\s\S]*?\*\//
+"""
+_VALUE_TERMINALS = frozenset({"STRING", "SINGLE", "NUMBER", "NAME", "LBRACE", "LBRACKET"})
+
+
+@dataclass(frozen=True, slots=True)
+class _Scalar:
+    token: Token
+    depth: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Object:
+    token: Token
+    members: tuple[tuple[Token, _Node], ...]
+    depth: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Array:
+    token: Token
+    items: tuple[_Node, ...]
+    depth: int
+
+
+_Node: TypeAlias = _Scalar | _Object | _Array
+
+
+class _Nodes(Transformer[Token, Any]):
+    """Builds nodes while the parser reduces, so that no recursion depends on the text's depth."""
+
+    def start(self, children: list[_Node]) -> _Node:
+        return children[0]
+
+    def scalar(self, children: list[Token]) -> _Node:
+        return _Scalar(children[0])
+
+    def key(self, children: list[Token]) -> Token:
+        return children[0]
+
+    def pair(self, children: list[Any]) -> tuple[Token, _Node]:
+        return children[0], children[2]
+
+    def mapping(self, children: list[Any]) -> _Node:
+        members = tuple(child for child in children if isinstance(child, tuple))
+        depth = 1 + max((node.depth for _, node in members), default=0)
+        # Beyond the bound the content is dropped and only the depth carried on.
+        return _Object(children[0], members if depth <= MAX_DEPTH else (), depth)
+
+    def sequence(self, children: list[Any]) -> _Node:
+        items = tuple(child for child in children if isinstance(child, _Scalar | _Object | _Array))
+        depth = 1 + max((node.depth for node in items), default=0)
+        return _Array(children[0], items if depth <= MAX_DEPTH else (), depth)
+
+
+@functools.cache
+def _grammar() -> Lark:
+    return Lark(_GRAMMAR, parser="lalr", transformer=_Nodes(), maybe_placeholders=False)
+
+
+def _place(token: Token) -> Place:
+    return Place(token.line or 1, token.column or 1)
+
+
+# From nodes to values; what is nearly JSON is named here ...
+
+
+def _plain(node: _Node, faults: list[_Complaint]) -> object:
+    if node.depth > MAX_DEPTH:
+        faults.append((_place(node.token), f"nested more than {MAX_DEPTH} levels deep"))
+        return None
+    match node:
+        case _Scalar(token):
+            try:
+                return _value(token)
+            except ValueError as error:
+                faults.append((_place(token), str(error)))
+                return None
+        case _Array(_, items):
+            return tuple(_plain(item, faults) for item in items)
+        case _Object(_, members):
+            return _plain_object(members, faults)
+
+
+def _plain_object(members: Iterable[tuple[Token, _Node]], faults: list[_Complaint]) -> dict[str, object]:
+    plain: dict[str, object] = {}
+    first: dict[str, Place] = {}
+    for token, node in members:
+        value = _plain(node, faults)
+        try:
+            key = _key(token)
+        except ValueError as error:
+            faults.append((_place(token), str(error)))
+            continue
+        if token.type != "STRING":
+            faults.append((_place(token), f"expected double quotes around a key: {_shown(key)}"))
+        if key in first:
+            line = first[key].line
+            faults.append((_place(token), f"{_shown(key)} stands in line {line} already: expected it once"))
+        else:
+            first[key] = _place(token)
+            plain[key] = value
+    return plain
+
+
+def _key(token: Token) -> str:
+    """What is meant, even without the right quotes; raises `ValueError` with the sentence for the user."""
+    match token.type:
+        case "STRING":
+            return _text(token)
+        case "SINGLE":
+            return token[1:-1]
+    return str(token)
+
+
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?")
+_WORDS: Mapping[str, bool | None] = {"true": True, "false": False, "null": None}
+
+
+def _value(token: Token) -> object:
+    """Raises `ValueError` with the sentence for the user."""
+    match token.type:
+        case "STRING":
+            return _text(token)
+        case "SINGLE":
+            raise ValueError(f"expected double quotes: {_shown(token[1:-1])}")
+        case "NUMBER":
+            if len(token) > 40 or not _NUMBER.fullmatch(token):
+                raise ValueError(
+                    f"{_shown_token(token)} is not a number of JSON: expected one like 5 or 0.25"
+                )
+            return json.loads(token)
+    if token in _WORDS:
+        return _WORDS[token]
+    lowered = {"none": "null", "nil": "null", "yes": "true", "no": "false"}.get(token.lower(), token.lower())
+    meant = lowered if lowered in _WORDS else _shown(token)
+    raise ValueError(f"{_shown_token(token)} is not a value of JSON, did you mean {meant}?")
+
+
+def _text(token: Token) -> str:
+    """Raises `ValueError` with the sentence for the user."""
+    try:
+        text: str = json.loads(token, strict=False)
+    except json.JSONDecodeError as error:
+        escape = token[error.pos : error.pos + 2]
+        raise ValueError(
+            rf"{_shown(escape)} is not an escape that JSON knows: write \\ for one backslash"
+        ) from None
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("half of a surrogate pair: expected a whole character")
+    return text
+
+
+def _syntax(error: UnexpectedInput, text: str) -> _Complaint:
+    if isinstance(error, UnexpectedCharacters):
+        place = Place(error.line, error.column)
+        rest = text[error.pos_in_stream or 0 :][:2]
+        if rest[:1] in ("'", '"'):
+            return place, f"the text that begins here has no closing {rest[:1]} in its line"
+        if rest == "/*":
+            return place, "the comment that begins here has no end: expected */"
+        return place, f"{_shown(rest[:1])} does not belong here: {_wanted(error.allowed or ())}"
+    if isinstance(error, UnexpectedToken):
+        token = error.token
+        if token.type != "$END":
+            return _place(token), f"{_shown_token(token)} does not belong here: {_wanted(error.accepts)}"
+        if token.end_line is None or token.end_column is None:
+            return Place(1, 1), 'nothing in here: expected {"workers": [...]}'
+        place = Place(token.end_line, token.end_column)
+        return place, f"the file ends here too early: {_wanted(error.accepts)}"
+    return Place(1, 1), f"cannot be read: {error}"  # lark has no third kind of unexpected input
+
+
+_SIGNS = {"LBRACE": "{", "RBRACE": "}", "LBRACKET": "[", "RBRACKET": "]", "COMMA": "a comma", "COLON": ":"}
+
+
+def _wanted(terminals: Iterable[str]) -> str:
+    names = set(terminals)
+    if "NUMBER" in names:  # wherever a number may stand, any value may
+        names -= _VALUE_TERMINALS
+        wanted = ["a value"]
+    elif "STRING" in names:
+        names -= _VALUE_TERMINALS
+        wanted = ["a key in double quotes"]
+    else:
+        wanted = []
+    wanted += [_SIGNS[name] for name in sorted(names) if name in _SIGNS]
+    return f"expected {' or '.join(wanted)}" if wanted else "expected the end of the file"
+
+
+# From pydantic's complaints to ours ...
+
+
+def _sentence(details: ErrorDetails, root: _Node) -> _Complaint:
+    loc = details["loc"]
+    place = _find(root, loc, key=details["type"] == "extra_forbidden")
+    subject = _subject(loc)
+    match details["type"]:
+        case "extra_forbidden":
+            known = list(_schema_at(loc[:-1]).get("properties", {}))
+            return place, f"unknown key {_shown(loc[-1])}{_did_you_mean(str(loc[-1]), known)}"
+        case "missing":
+            return place, f"{subject} is missing: expected {expected(loc)}"
+        case "value_error":
+            return place, str(details.get("ctx", {}).get("error", details["msg"]))
+    choices = _schema_at(loc).get("enum", [])
+    hint = _did_you_mean(str(details["input"]), choices, listed=False)
+    return place, f"{subject} is {_shown(details['input'])}: expected {expected(loc)}{hint}"
+
+
+def expected(loc: Sequence[str | int]) -> str:
+    """What may stand at a place of the schema, in words: `a whole number from 1 to 65535 (default 4000)`."""
+    if not loc:
+        return 'an object like {"workers": [...]}'
+    schema = _schema_at(loc)
+    default = schema.get("default")
+    return _words(schema) + (
+        f" (default {_shown(default)})" if isinstance(default, str | int | float) else ""
+    )
+
+
+def _words(schema: Mapping[str, Any]) -> str:
+    if "enum" in schema or "const" in schema:
+        choices = ", ".join(_shown(choice) for choice in schema.get("enum", [schema.get("const")]))
+        return f"one of {choices}" if "enum" in schema else choices
+    match schema.get("type"):
+        case "integer" | "number" as kind:
+            noun = "a whole number" if kind == "integer" else "a number"
+            return f"{noun} from {schema.get('minimum', '')} to {schema.get('maximum', '')}"
+        case "boolean":
+            return "true or false"
+        case "array":
+            return f"a list in [ ], of at most {schema.get('maxItems', MAX_WORKERS)}"
+        case "object":
+            return "an object in { } with " + ", ".join(schema.get("properties", {}))
+    if "maxLength" in schema:
+        return f"text in double quotes, 1 to {schema['maxLength']} characters"
+    return "text in double quotes"
+
+
+@functools.cache
+def _schema() -> dict[str, Any]:
+    return ConfigFile.model_json_schema()
+
+
+def _schema_at(loc: Sequence[str | int]) -> dict[str, Any]:
+    schema = _resolved(_schema())
+    for part in loc:
+        inner = schema.get("items") if isinstance(part, int) else schema.get("properties", {}).get(part)
+        schema = _resolved(inner or {})
+    return schema
+
+
+def _resolved(schema: dict[str, Any]) -> dict[str, Any]:
+    while True:
+        if "anyOf" in schema:  # only ever `X or null` here
+            schema = schema["anyOf"][0]
+        elif "$ref" in schema:
+            schema = _schema()["$defs"][schema["$ref"].rpartition("/")[2]]
+        else:
+            return schema
+
+
+def _find(root: _Node, loc: Sequence[str | int], *, key: bool) -> Place:
+    """Where the value at `loc` begins, or with `key` its key; for what is missing, where it would belong."""
+    node, place = root, _place(root.token)
+    for part in loc:
+        if isinstance(node, _Array) and isinstance(part, int):
+            node = node.items[part]
+            place = _place(node.token)
+        elif isinstance(node, _Object):
+            member = next((pair for pair in node.members if _is(pair[0], part)), None)
+            if member is None:
+                break
+            node = member[1]
+            place = _place(member[0] if key else node.token)
+    return place
+
+
+def _is(token: Token, key: str | int) -> bool:
+    try:
+        return _key(token) == key
+    except ValueError:
+        return False
+
+
+def _subject(loc: Sequence[str | int]) -> str:
+    match loc:
+        case []:
+            return "the file"
+        case [*_, str(key), int(index)]:
+            return f"{key}[{index}]"
+    return _shown(loc[-1])
+
+
+def _did_you_mean(word: str, known: Sequence[str], *, listed: bool = True) -> str:
+    plain = word.lower().replace("-", "_").replace(" ", "_")
+    close = difflib.get_close_matches(plain, known, n=1) or [one for one in known if one.lower() == plain]
+    if close:
+        return f", did you mean {_shown(close[0])}?"
+    return f": expected one of {', '.join(known)}" if listed else ""
+
+
+# What one entry cannot know: the others ...
+
+
+def _clashes(root: _Node) -> Iterator[_Complaint]:
+    """Two workers under one id, or one server listed twice; read from the nodes, valid entries or not."""
+    ids: dict[str, Place] = {}
+    servers: dict[tuple[str, int], Place] = {}
+    for entry in _entries(root):
+        place = _place(entry.token)
+        scalars = {key: (place, value) for key, place, value in _scalars(entry)}
+        _, host = scalars.get("host", (place, None))
+        _, kind = scalars.get("type", (place, DEFAULT_TYPE))
+        _, port = scalars.get("port", (place, None))
+        if port is None and isinstance(kind, str) and kind in WORKER_TYPES:
+            port = WORKER_TYPES[kind].default_port
+        at_id, own = scalars.get("id", (place, None))
+        if isinstance(host, str) and isinstance(port, int):
+            server = f"{host}:{port}"
+            earlier = servers.setdefault((host.lower().strip("[]"), port), place)
+            if earlier is not place:
+                yield scalars["host"][0], f"{_shown(server)} is the worker of line {earlier.line} already"
+            else:
+                own = own or server
+        if isinstance(own, str):
+            earlier = ids.setdefault(own, place)
+            if earlier is not place:
+                yield at_id, f"the id {_shown(own)} is taken by the worker of line {earlier.line}"
+
+
+def _entries(root: _Node) -> Iterator[_Object]:
+    if isinstance(root, _Object):
+        for token, node in root.members:
+            if _is(token, "workers") and isinstance(node, _Array):
+                yield from (item for item in node.items if isinstance(item, _Object))
+
+
+def _scalars(entry: _Object) -> Iterator[tuple[str, Place, object]]:
+    for token, node in entry.members:
+        if isinstance(node, _Scalar):
+            try:
+                yield _key(token), _place(node.token), _value(node.token)
+            except ValueError:
+                continue
+
+
+# Words ...
+
+
+def _bare_host(value: str) -> str:
+    """The host without brackets; raises `ValueError` with what to write instead."""
+    scheme, found, rest = value.partition("://")
+    if found:
+        alone = rest.split("/")[0].rpartition("@")[2].split(":")[0]
+        advice = f": write {_shown(alone)}" if alone else ""
+        tls = ', and "tls": true beside it' if scheme.lower() == "https" else ""
+        raise ValueError(f"{_shown(value)} is an address with a scheme, expected the host alone{advice}{tls}")
+    bare = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+    if _is_ipv6(bare):
+        return bare
+    name, found, port = value.rpartition(":")
+    if found and port.isascii() and port.isdigit():
+        raise ValueError(f'{_shown(value)} holds a port, expected "host": {_shown(name)}, "port": {port[:5]}')
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", value):
+        raise ValueError(
+            f"{_shown(value)} is not a host: expected a name like mac-studio.local, or an address"
+        )
+    return value
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        scope = ipaddress.IPv6Address(text).scope_id
+    except ValueError:
+        return False
+    return scope is None or re.fullmatch(r"[A-Za-z0-9_.-]+", scope) is not None
+
+
+def _shown(value: object) -> str:
+    """A value as JSON would have it, printable and short."""
+    match value:
+        case Mapping():
+            return "an object"
+        case list() | tuple():
+            return "a list"
+        case str():
+            text = json.dumps(value, ensure_ascii=not value.isprintable())
+        case _:
+            text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _shown_token(token: Token) -> str:
+    text = str(token)
+    if not text.isprintable():
+        text = text.encode("ascii", "backslashreplace").decode("ascii")
+    return text if len(text) <= 60 else text[:57] + "..."

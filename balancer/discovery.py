@@ -1,0 +1,447 @@
+"""Who belongs to the room: listed in the config, joined by address, or found by mDNS.
+
+`Roster` merges the three sources into one set of workers and sees to it that each is watched. It is told
+the time and does no I/O. `Browser` listens for mDNS and passes on what agents announce. mDNS is a hint:
+it brings candidates, the report stream alone decides who is alive and who is who.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import ipaddress
+import logging
+import socket
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol, TypeAlias
+
+import psutil
+from zeroconf import Error as ZeroconfError
+from zeroconf import InterfaceChoice, IPVersion, ServiceStateChange, Zeroconf
+from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
+
+from balancer.core.model import Event, Gone, Lost, Reported, Seen, Worker, WorkerId
+from worker_agent import wire
+
+log = logging.getLogger(__name__)
+
+MAX_GUESTS = 256  # workers that the config does not list
+MAX_ADDRESSES = 8  # of one announcement
+FORGET_AFTER_SECONDS = 600.0
+EVICT_AFTER_SECONDS = 30.0
+"""When the room is full, a guest that has never reported for so long makes way for another."""
+TRY_NEXT_AFTER_SECONDS = 4.0
+"""A lost worker's next address is tried; a try on a silent address takes `wire.LOST_AFTER_SECONDS`."""
+
+Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
+Interface: TypeAlias = ipaddress.IPv4Interface | ipaddress.IPv6Interface
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A worker of the config, and what to send along with every request to it."""
+
+    worker: Worker
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+class NotAdmitted(Exception):
+    """A join is refused; the sentence says why and what to do, fit for the answer to the agent."""
+
+
+class Watching(Protocol):
+    """The part of `watch.Watches` that the roster needs."""
+
+    def follow(self, worker: Worker, headers: Mapping[str, str] = ...) -> None: ...
+    def forget(self, worker_id: WorkerId) -> None: ...
+
+
+class _Source(enum.IntEnum):
+    """How a worker came to be known; a higher one overrides a lower one."""
+
+    FOUND = 1
+    JOINED = 2
+    STATIC = 3
+
+
+@dataclass(slots=True)
+class _Member:
+    worker: Worker
+    headers: Mapping[str, str]
+    source: _Source
+    lost_since: float | None
+    """None: it was heard of last. A new member counts as lost until then."""
+    tried_at: float
+    """When its present address was taken."""
+    urls: tuple[str, ...]
+    """Where it may be reached, best first; the worker has one of them."""
+    proven: bool = False
+    """It has reported at least once."""
+
+
+class Roster:
+    """The members of the room. All its methods return at once; call them from the event loop only.
+
+    `tell` receives `Seen` and `Gone`. Give `notice` every event of the watches, and call `tick` about once
+    a second. `agent_headers` go with every request to a joined or found agent.
+    """
+
+    def __init__(
+        self,
+        *,
+        tell: Callable[[Event], None],
+        watches: Watching,
+        clock: Callable[[], float],
+        agent_headers: Mapping[str, str] | None = None,
+        interfaces: Callable[[], Sequence[Interface]] | None = None,
+    ) -> None:
+        self._tell = tell
+        self._watches = watches
+        self._clock = clock
+        self._agent_headers = dict(agent_headers or {})
+        self._interfaces = interfaces or own_interfaces
+        self._members: dict[WorkerId, _Member] = {}
+
+    @property
+    def workers(self) -> tuple[Worker, ...]:
+        """The room as it is now."""
+        return tuple(member.worker for member in self._members.values())
+
+    # Three ways in ...
+
+    def static(self, entries: Iterable[Entry]) -> None:
+        """Replaces what the config lists; workers that are listed as before are left in peace."""
+        listed = {entry.worker.id: entry for entry in entries}
+        urls = {entry.worker.url for entry in listed.values()}
+        for worker_id, member in list(self._members.items()):
+            if worker_id in listed:
+                continue
+            if member.source is _Source.STATIC or member.worker.url in urls:
+                self._remove(
+                    worker_id,
+                    "it is no longer listed" if member.source is _Source.STATIC else "the config has it",
+                )
+        for worker_id, entry in listed.items():
+            known = self._members.get(worker_id)
+            if known is not None and known.worker == entry.worker and known.headers == entry.headers:
+                known.source, known.urls = _Source.STATIC, (entry.worker.url,)
+            else:
+                self._put(entry.worker, entry.headers, _Source.STATIC, (entry.worker.url,))
+
+    def joined(self, join: wire.Join, address: str) -> None:
+        """An agent asked from `address` to be watched.
+
+        Raises `NotAdmitted` when another agent of that id is alive elsewhere, or the room is full.
+        """
+        url = _url(address, join.port)
+        if url is None:
+            raise NotAdmitted(f"{address[:64]!r} is not an address that a worker can have")
+        self._welcome(WorkerId(join.id), (url,), _Source.JOINED)
+
+    def found(self, agent_id: str, addresses: Sequence[str], port: int) -> None:
+        """mDNS announced an agent; ignored when it is known better already, or cannot be let in."""
+        if not 1 <= port <= 65535:
+            return
+        usable = by_reachability(addresses, self._interfaces())
+        urls = tuple(url for address in usable[:MAX_ADDRESSES] if (url := _url(address, port)) is not None)
+        if not urls:
+            log.info("agent %s announces no address that can be reached from here", agent_id)
+            return
+        try:
+            self._welcome(WorkerId(agent_id), urls, _Source.FOUND)
+        except NotAdmitted as refused:
+            log.debug("announced agent %s stays out: %s", agent_id, refused)
+
+    # What becomes of them ...
+
+    def notice(self, event: Event) -> None:
+        """Takes note of who was heard of; gives back nothing, and cares for `Reported` and `Lost` only."""
+        match event:
+            case Reported(worker_id):
+                if (member := self._members.get(worker_id)) is not None:
+                    member.lost_since = None
+                    member.proven = True
+            case Lost(worker_id):
+                member = self._members.get(worker_id)
+                if member is not None and member.lost_since is None:
+                    member.lost_since = self._clock()
+
+    def tick(self) -> None:
+        """Tries the next address of lost agents that have several, and forgets guests lost for long."""
+        now = self._clock()
+        for worker_id, member in list(self._members.items()):
+            if member.lost_since is None or member.source is _Source.STATIC:
+                continue
+            if now - member.lost_since >= FORGET_AFTER_SECONDS:
+                self._remove(worker_id, f"lost for {FORGET_AFTER_SECONDS / 60:g} minutes")
+            elif (
+                len(member.urls) > 1
+                and now - max(member.tried_at, member.lost_since) >= TRY_NEXT_AFTER_SECONDS
+            ):
+                self._try_next(member, now)
+
+    def _try_next(self, member: _Member, now: float) -> None:
+        urls, here = member.urls, member.worker.url
+        url = urls[(urls.index(here) + 1) % len(urls)] if here in urls else urls[0]
+        log.debug("agent %s is tried at %s", member.worker.id, url)
+        member.worker = Worker(id=member.worker.id, type="agent", url=url)
+        member.tried_at = now
+        self._announce(member)
+
+    def _welcome(self, worker_id: WorkerId, urls: tuple[str, ...], source: _Source) -> None:
+        """An agent says that it is there, at one of these. Raises `NotAdmitted`."""
+        known = self._members.get(worker_id)
+        if known is None:
+            self._admit(worker_id, urls, source)
+        elif known.source is _Source.STATIC or known.source > source:
+            return
+        elif known.worker.url in urls:
+            # Nothing new: an alive agent keeps its connection, whatever else was announced for it.
+            known.source, known.urls = source, urls
+        elif known.lost_since is None:
+            # Whoever is alive under an id keeps it: an announcement is no proof of being the same agent.
+            if source is _Source.JOINED:
+                raise NotAdmitted(
+                    f'an agent called "{worker_id}" is alive at {known.worker.url}: give this one another id'
+                )
+        elif source > known.source or known.urls != urls:
+            self._put(Worker(id=worker_id, type="agent", url=urls[0]), self._agent_headers, source, urls)
+
+    def _admit(self, worker_id: WorkerId, urls: tuple[str, ...], source: _Source) -> None:
+        for other in list(self._members.values()):
+            if other.worker.url not in urls:
+                continue
+            if other.source is _Source.STATIC:
+                return  # the same server, under the name that the config gives it
+            if other.lost_since is None and other.source >= source:
+                raise NotAdmitted(f'{other.worker.url} is the agent "{other.worker.id}", which is alive')
+            self._remove(other.worker.id, f'"{worker_id}" is there now')
+        self._make_way()
+        self._put(Worker(id=worker_id, type="agent", url=urls[0]), self._agent_headers, source, urls)
+
+    def _make_way(self) -> None:
+        guests = [member for member in self._members.values() if member.source is not _Source.STATIC]
+        if len(guests) < MAX_GUESTS:
+            return
+        longest = min(
+            (guest for guest in guests if guest.lost_since is not None and not guest.proven),
+            key=lambda guest: guest.lost_since or 0.0,
+            default=None,
+        )
+        if longest is None or self._clock() - (longest.lost_since or 0.0) < EVICT_AFTER_SECONDS:
+            raise NotAdmitted(f"the room is full: {MAX_GUESTS} workers are known beside those in the config")
+        self._remove(longest.worker.id, "it has never reported, and the room is full")
+
+    def _put(
+        self, worker: Worker, headers: Mapping[str, str], source: _Source, urls: tuple[str, ...]
+    ) -> None:
+        now = self._clock()
+        known = self._members.get(worker.id)
+        if known is None or known.source is not source:
+            log.info("worker %s belongs to the room (%s), at %s", worker.id, source.name.lower(), worker.url)
+        # A guest that moves stays lost since when it was: only a report ends that.
+        lost_since = now if known is None or known.lost_since is None else known.lost_since
+        proven = known is not None and known.proven
+        member = _Member(worker, headers, source, lost_since, now, urls, proven)
+        self._members[worker.id] = member
+        self._announce(member)
+
+    def _announce(self, member: _Member) -> None:
+        self._tell(Seen(member.worker))
+        self._watches.follow(member.worker, member.headers)
+
+    def _remove(self, worker_id: WorkerId, reason: str) -> None:
+        log.info("worker %s does not belong to the room any more: %s", worker_id, reason)
+        del self._members[worker_id]
+        self._watches.forget(worker_id)
+        self._tell(Gone(worker_id))
+
+
+# Addresses; pure but for `own_interfaces` ...
+
+
+def by_reachability(addresses: Sequence[str], own: Sequence[Interface]) -> tuple[str, ...]:
+    """The announced addresses that may work from here, the likeliest first.
+
+    IPv4 of a network that this machine is in comes first, then IPv6 of such a network, then whatever needs a
+    router. Link-local IPv6 works with its scope only, and comes last; without one it is left out. Loopback
+    counts, and is best, when the announcement comes from this very machine: all of its addresses are ours.
+    """
+    parsed = [address for text in addresses[: 4 * MAX_ADDRESSES] if (address := _parsed(text)) is not None]
+    ours = {interface.ip for interface in own}
+    from_here = all(address.is_loopback or address in ours for address in parsed)
+
+    def rank(address: Address) -> int:
+        if address.is_loopback:
+            return 0
+        if address.is_link_local and address.version == 6:
+            return 4
+        near = any(address in interface.network for interface in own)
+        return (1 if near else 3) if address.version == 4 else (2 if near else 3)
+
+    usable = [
+        address
+        for address in dict.fromkeys(parsed)
+        if not (address.is_unspecified or address.is_multicast)
+        and (from_here or not address.is_loopback)
+        and not (
+            isinstance(address, ipaddress.IPv6Address) and address.is_link_local and not address.scope_id
+        )
+    ]
+    return tuple(str(address) for address in sorted(usable, key=rank))
+
+
+def own_interfaces() -> tuple[Interface, ...]:
+    """The addresses of this machine with their networks, read from the system now."""
+    found: list[Interface] = []
+    for addresses in psutil.net_if_addrs().values():
+        for address in addresses:
+            if address.family in (socket.AF_INET, socket.AF_INET6):
+                host = address.address.partition("%")[0]
+                # ipaddress has no constructor from an IPv6 netmask in colon form: count its bits.
+                bits = int(ipaddress.ip_address(address.netmask)).bit_count() if address.netmask else None
+                found.append(ipaddress.ip_interface(host if bits is None else f"{host}/{bits}"))
+    return tuple(found)
+
+
+def _parsed(text: str) -> Address | None:
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return None
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped is not None:  # how a dual-stack socket tells of an IPv4 peer
+            return address.ipv4_mapped
+        if address.scope_id is not None and not address.scope_id.isalnum():
+            return None
+    return address
+
+
+def _url(address: str, port: int) -> str | None:
+    match _parsed(address):
+        case None:
+            return None
+        case ipaddress.IPv6Address() as found:
+            return f"http://[{found}]:{port}"
+        case found:
+            return f"http://{found}:{port}"
+
+
+# mDNS ...
+
+MAX_NAMES = 512  # service names remembered; twice the room, so that strangers leave space for it
+RESOLVERS = 8  # names looked up at once; an unanswered one takes RESOLVE_SECONDS
+RESOLVE_SECONDS = 3.0
+REFRESH_SECONDS = 60.0
+"""All announced names are looked at again: mDNS tells of a change once, and that may have been missed."""
+
+OPEN_ROADS: Final = (
+    "agents are not found by themselves; start each with `worker-agent join http://THIS-HOST:PORT`, "
+    'or list it under "workers" in the JSON file'
+)
+
+
+class Browser:
+    """Listens for the announcements of agents, and gives each to `found(id, addresses, port)`.
+
+    Nothing follows from a goodbye: an agent that still reports is in the room, one that does not is lost.
+    """
+
+    def __init__(
+        self,
+        *,
+        found: Callable[[str, Sequence[str], int], None],
+        interfaces: InterfaceChoice | list[str] = InterfaceChoice.All,
+        refresh_seconds: float = REFRESH_SECONDS,
+    ) -> None:
+        self._found = found
+        self._interfaces = interfaces
+        self._refresh_seconds = refresh_seconds
+        self._names: set[str] = set()
+        self._due: asyncio.Queue[str] = asyncio.Queue(MAX_NAMES)
+        self._waiting: set[str] = set()
+        self._misfits: set[str] = set()
+        self._zeroconf: AsyncZeroconf | None = None
+        self._browser: AsyncServiceBrowser | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> bool:
+        """False when this machine cannot listen; that is logged with what to do instead, and not fatal."""
+        try:
+            self._zeroconf = self._opened()
+            await self._zeroconf.zeroconf.async_wait_for_start()
+        except (OSError, ZeroconfError, TimeoutError) as error:
+            log.warning("cannot listen for mDNS (%s): %s", error, OPEN_ROADS)
+            await self.aclose()
+            return False
+        self._browser = AsyncServiceBrowser(
+            self._zeroconf.zeroconf, wire.SERVICE_TYPE, handlers=[self._changed]
+        )
+        # Kept, and awaited by aclose.
+        self._task = asyncio.create_task(self._run(self._zeroconf.zeroconf), name="mDNS")  # noqa: TID251
+        return True
+
+    async def aclose(self) -> None:
+        """Stops listening; safe to call twice, or when start has failed."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+        if self._browser is not None:
+            await self._browser.async_cancel()
+            self._browser = None
+        if self._zeroconf is not None:
+            await self._zeroconf.async_close()
+            self._zeroconf = None
+
+    def _opened(self) -> AsyncZeroconf:
+        try:
+            return AsyncZeroconf(interfaces=self._interfaces, ip_version=IPVersion.All)
+        except OSError:  # a machine without IPv6
+            return AsyncZeroconf(interfaces=self._interfaces, ip_version=IPVersion.V4Only)
+
+    def _changed(
+        self, zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange
+    ) -> None:
+        if state_change is ServiceStateChange.Removed:
+            self._names.discard(name)
+            self._misfits.discard(name)
+        elif name in self._names or len(self._names) < MAX_NAMES:
+            self._names.add(name)
+            self._want(name)
+
+    def _want(self, name: str) -> None:
+        if name not in self._waiting and not self._due.full():
+            self._waiting.add(name)
+            self._due.put_nowait(name)
+
+    async def _run(self, zeroconf: Zeroconf) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(RESOLVERS):
+                tasks.create_task(self._resolve_due(zeroconf))
+            while True:
+                await asyncio.sleep(self._refresh_seconds)
+                for name in self._names:
+                    self._want(name)
+
+    async def _resolve_due(self, zeroconf: Zeroconf) -> None:
+        while True:
+            name = await self._due.get()
+            self._waiting.discard(name)
+            try:
+                await self._resolve(zeroconf, name)
+            except wire.WireError as error:
+                if name not in self._misfits:
+                    self._misfits.add(name)
+                    log.warning("the mDNS announcement %r is ignored: %s", name[:128], error)
+            except Exception:
+                # Hostile packets must not end the search; zeroconf does not say what it may raise.
+                log.exception("the mDNS announcement %r could not be read", name[:128])
+
+    async def _resolve(self, zeroconf: Zeroconf, name: str) -> None:
+        """Raises `wire.WireError` for an announcement that is not ours."""
+        info = AsyncServiceInfo(wire.SERVICE_TYPE, name)
+        complete = await info.async_request(zeroconf, RESOLVE_SECONDS * 1000)
+        if complete and name in self._names and info.port is not None:
+            self._found(wire.parse_txt(info.properties), info.parsed_scoped_addresses(), info.port)

@@ -1,0 +1,186 @@
+"""The settings of a balancer, composed once: defaults < JSON file < environment < flags.
+
+Only `app` and the command line read them; every other part is given its own policy value.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import PrivateAttr, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+from pydantic_settings import SettingsError as UnreadableVariable
+
+from balancer.config_file import ConfigFile, SecretReference, Tunables, WorkerEntry, expected, read
+from balancer.discovery import Entry
+
+PREFIX = "BALANCER_"
+UNPREFIXED = frozenset(
+    {
+        "health_check_interval",
+        "request_timeout",
+        "max_retries",
+        "max_concurrent_batch",
+        "log_level",
+        "enable_metrics",
+    }
+)
+"""Settings whose variable is their own name in capitals; that of any other has `PREFIX` before it."""
+
+MAX_SECRET_BYTES = 8192
+
+
+class SettingsError(Exception):
+    """A variable, a flag or a secret that cannot be used; a line for each, fit for the terminal."""
+
+
+class Settings(Tunables, BaseSettings):
+    """Every setting with its final value, and the workers that the file lists."""
+
+    model_config = SettingsConfigDict(
+        strict=False,  # variables and flags are text
+        frozen=True,
+        extra="forbid",
+        case_sensitive=True,
+        env_ignore_empty=True,
+        hide_input_in_errors=True,
+    )
+
+    workers: tuple[WorkerEntry, ...] = ()
+
+    _room: tuple[Entry, ...] = PrivateAttr(default=())
+
+    @property
+    def room(self) -> tuple[Entry, ...]:
+        """The configured workers as the roster takes them; their keys are in no dump and no repr."""
+        return self._room
+
+
+def variable(key: str) -> str:
+    """The environment variable of a setting."""
+    return key.upper() if key in UNPREFIXED else PREFIX + key.upper()
+
+
+def load(config: Path | None, flags: Mapping[str, object]) -> Settings:
+    """The settings from all layers; a flag that is None was not given.
+
+    Raises `ConfigFaults` for the file, and `SettingsError` for variables, flags and secrets. A secret file
+    with a relative path lies beside the config file.
+    """
+    file = ConfigFile() if config is None else read(config)
+    given = {key: value for key, value in flags.items() if value is not None}
+    if os.environ.get(variable("workers")):
+        raise SettingsError(f"{variable('workers')} is set, but workers are listed in the JSON file only")
+    try:
+        settings = _layered(file, given)
+    except ValidationError as error:
+        raise SettingsError(_sentences(error, given)) from None
+    except UnreadableVariable as error:
+        # Only the one setting that is an object is read as JSON, before it is validated.
+        raise SettingsError(
+            f"{variable('scorer_weights')} is not JSON: expected {expected(('scorer_weights',))}"
+        ) from error
+    settings._room = _entries(settings.workers, Path() if config is None else config.parent)
+    return settings
+
+
+def _layered(file: ConfigFile, flags: Mapping[str, object]) -> Settings:
+    from_file = file.model_dump(exclude_unset=True, exclude={"schema_", "workers"}) | {
+        "workers": file.workers
+    }
+
+    class Layered(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return (
+                InitSettingsSource(settings_cls, dict(flags)),
+                _Environment(settings_cls),
+                InitSettingsSource(settings_cls, from_file),
+            )
+
+    return Layered()
+
+
+class _Environment(EnvSettingsSource):
+    """The environment, under the names that `variable` gives."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[str | None, str, bool]:
+        return self.env_vars.get(variable(field_name)), field_name, False
+
+
+def _sentences(error: ValidationError, flags: Mapping[str, object]) -> str:
+    lines = []
+    for details in error.errors(include_url=False):
+        key = str(details["loc"][0]) if details["loc"] else ""
+        if key not in Settings.model_fields:
+            lines.append(f"--{key.replace('_', '-')} is not a setting")
+            continue
+        if key in flags:
+            name, value = f"--{key.replace('_', '-')}", str(flags[key])
+        else:
+            name, value = variable(key), os.environ.get(variable(key), "")
+        shown = value if value.isprintable() and len(value) <= 60 else ascii(value[:57]) + "..."
+        own = str(details["ctx"]["error"]) if details["type"] == "value_error" and "ctx" in details else ""
+        lines.append(f"{name} is {shown!r}: {own or f'expected {expected((key,))}'}")
+    return "\n".join(lines)
+
+
+# Secrets ...
+
+
+def _entries(workers: tuple[WorkerEntry, ...], folder: Path) -> tuple[Entry, ...]:
+    """Raises `SettingsError` with a line for each key that cannot be had."""
+    entries, lines = [], []
+    for entry in workers:
+        headers = {}
+        if entry.api_key is not None:
+            try:
+                headers["Authorization"] = f"Bearer {_secret(entry.api_key, folder)}"
+            except SettingsError as error:
+                lines.append(f'the api_key of worker "{entry.effective_id}" {error}')
+        entries.append(Entry(entry.worker(), headers))
+    if lines:
+        raise SettingsError("\n".join(lines))
+    return tuple(entries)
+
+
+def _secret(reference: SecretReference, folder: Path) -> str:
+    if reference.env is not None:
+        where = f"comes from the environment variable {reference.env}, which"
+        secret = os.environ.get(reference.env, "").strip()
+        if not secret:
+            raise SettingsError(f"{where} is not set, or empty")
+    else:
+        path = folder / Path(reference.file or "").expanduser()
+        where = f"comes from the file {path}, which"
+        try:
+            with path.open("rb") as file:
+                data = file.read(MAX_SECRET_BYTES + 1)
+            secret = data.decode("ascii").strip()
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not plain ASCII text"
+            raise SettingsError(f"{where} cannot be read: {reason}") from error
+        if not secret or len(data) > MAX_SECRET_BYTES:
+            raise SettingsError(f"{where} is {'too long' if secret else 'empty'}")
+    # Anything else would end the header line early, or not survive it.
+    if not all("!" <= character <= "~" for character in secret):
+        raise SettingsError(
+            f"{where} holds a space, a line break or a character beyond ASCII: expected one word"
+        )
+    return secret

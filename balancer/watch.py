@@ -1,0 +1,312 @@
+"""How each worker is, watched: the report stream of an agent, polling for all others.
+
+Performs; what an answer means is decided by `worker_types` and `wire`. One task per worker, told apart by
+its id; each speaks to the rest of the program through `tell` only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import aiohttp
+from aiohttp.http_exceptions import HttpProcessingError
+
+from balancer.core.model import (
+    Condition,
+    Endpoint,
+    Event,
+    Lost,
+    ModelName,
+    ModelOffer,
+    Reported,
+    Worker,
+    WorkerId,
+)
+from balancer.worker_types import MAX_PROBE_BYTES, WORKER_TYPES, ProbeFailed
+from worker_agent import wire
+
+log = logging.getLogger(__name__)
+
+NO_HEADERS: Final[Mapping[str, str]] = {}
+_ENDLESS = aiohttp.ClientTimeout(total=None)  # every exchange here stands under a deadline of its own
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WatchPolicy:
+    """When a worker is asked, and when its silence counts."""
+
+    interval_seconds: float = 5.0
+    """Between two probes of a worker without an agent."""
+    probe_timeout_seconds: float = 5.0
+    lost_after_failures: int = 2
+    """Failed probes in a row; a refused connection needs no second."""
+    lost_after_seconds: float = wire.LOST_AFTER_SECONDS
+    """An agent's silence; also how long a try to reach it may take."""
+    first_pause_seconds: float = 0.5
+    longest_pause_seconds: float = 5.0
+    """Between tries to reach a lost agent: doubled up to the longest, less up to half by chance."""
+    report_gap_seconds: float = 0.02
+    """Reports of one agent are read at most so often, so that a mad one cannot fill the event loop."""
+
+
+class Unreached(Exception):
+    """A worker could not be asked, or did not answer as a worker does; the sentence says why."""
+
+    def __init__(self, sentence: str, *, refused: bool = False) -> None:
+        super().__init__(sentence)
+        self.refused = refused
+        """The machine is up and says that nobody listens: no need to ask again."""
+
+
+class Watches:
+    """The watched workers. `tell` is called from the event loop and must not block."""
+
+    def __init__(
+        self,
+        *,
+        tell: Callable[[Event], None],
+        session: aiohttp.ClientSession,
+        policy: WatchPolicy,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        self._tell = tell
+        self._session = session
+        self._policy = policy
+        self._chance = chance
+        self._tasks: dict[WorkerId, asyncio.Task[None]] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
+
+    def follow(self, worker: Worker, headers: Mapping[str, str] = NO_HEADERS) -> None:
+        """Watches the worker from now on, in place of any earlier watch of its id."""
+        self.forget(worker.id)
+        watch = _Watch(worker, headers, self._tell, self._session, self._policy, self._chance)
+        # Kept in _tasks, then in _leaving until it has ended; aclose awaits both.
+        task = asyncio.create_task(watch.run(), name=f"watch {worker.id}")  # noqa: TID251
+        self._tasks[worker.id] = task
+
+    def forget(self, worker_id: WorkerId) -> None:
+        """Ends the watch; nothing more is told of the worker. Nothing happens if there is none."""
+        task = self._tasks.pop(worker_id, None)
+        if task is not None:
+            task.cancel()
+            self._leaving.add(task)
+            task.add_done_callback(self._leaving.discard)
+
+    async def aclose(self) -> None:
+        """Ends all watches, and waits until their connections are closed."""
+        for worker_id in list(self._tasks):
+            self.forget(worker_id)
+        await asyncio.gather(*self._leaving, return_exceptions=True)
+
+
+class _Watch:
+    """One worker under watch: what it last was, so that only changes are logged and losses told once."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        headers: Mapping[str, str],
+        tell: Callable[[Event], None],
+        session: aiohttp.ClientSession,
+        policy: WatchPolicy,
+        chance: Callable[[], float],
+    ) -> None:
+        self._worker = worker
+        self._type = WORKER_TYPES[worker.type]
+        self._headers = headers
+        self._tell = tell
+        self._session = session
+        self._policy = policy
+        self._chance = chance
+        self._lost: str | None = None
+        self._last: Condition | None = None
+        self._heard: float | None = None
+
+    async def run(self) -> None:
+        try:
+            if self._type.probe_path is None:
+                await self._listen()
+            else:
+                await self._poll(self._type.probe_path)
+        except Exception:
+            # A fault of ours must not look like health: the worker gets nothing, and the trace is kept.
+            log.exception("the watch of worker %s broke", self._worker.id)
+            self._is_lost("its watch broke, see the log")
+
+    # Told once ...
+
+    def _is_well(self, condition: Condition) -> None:
+        if self._last is None or self._lost is not None or self._last.state != condition.state:
+            log.info(
+                "worker %s at %s answers: %s",
+                self._worker.id,
+                self._worker.url,
+                condition.detail or condition.state,
+            )
+        self._lost = None
+        self._last = condition
+        self._tell(Reported(self._worker.id, condition))
+
+    def _is_lost(self, reason: str) -> None:
+        if reason != self._lost:
+            log.warning("worker %s at %s is lost: %s", self._worker.id, self._worker.url, reason)
+            self._lost = reason
+            self._tell(Lost(self._worker.id, reason, abandon=self._type.probe_path is None))
+
+    # An agent: one answer that does not end, a report in each line ...
+
+    async def _listen(self) -> None:
+        policy, loop = self._policy, asyncio.get_running_loop()
+        pause = policy.first_pause_seconds
+        while True:
+            began, before = loop.time(), self._heard
+            # A stream that broke has what is left of the silence to come back, a lost agent a whole one.
+            silent_from = began if self._heard is None or self._lost is not None else self._heard
+            try:
+                async with asyncio.timeout_at(silent_from + policy.lost_after_seconds) as silence:
+                    await self._hear(silence)
+                reason, broke = "it ended its report stream", True
+            except TimeoutError:
+                reason, broke = f"no report for {policy.lost_after_seconds:g} s", False
+            except Unreached as error:
+                reason, broke = str(error), False
+            except wire.WireError as error:
+                reason, broke = f"its report is not usable: {error}", False
+            except (aiohttp.ClientError, HttpProcessingError, OSError) as error:
+                reason, broke = _words(error), True
+            if self._heard != before:
+                pause = policy.first_pause_seconds
+                if broke and loop.time() - began >= wire.REPORT_INTERVAL_SECONDS:
+                    continue  # a stream that had lived: back at once
+            if not broke or self._heard == before:
+                self._is_lost(reason)
+            await asyncio.sleep(pause * (1 - self._chance() / 2))
+            pause = min(2 * pause, policy.longest_pause_seconds)
+
+    async def _hear(self, silence: asyncio.Timeout) -> None:
+        """Until the stream ends; each report moves the end of the agent's time."""
+        async with self._session.get(
+            self._worker.url + wire.REPORT_PATH,
+            headers=self._headers,
+            timeout=_ENDLESS,
+            allow_redirects=False,
+        ) as response:
+            if response.status != 200:
+                advice = ": check the cluster key" if response.status in (401, 403) else ""
+                raise Unreached(f"it answered {wire.REPORT_PATH} with status {response.status}{advice}")
+            while line := await response.content.readline(max_line_length=wire.MAX_REPORT_BYTES):
+                report = wire.Report.from_line(line)
+                if report.id != self._worker.id:
+                    raise wire.WireError(
+                        f'the agent there calls itself "{report.id}", not "{self._worker.id}"; '
+                        "where it is listed in the config, give it that id"
+                    )
+                self._heard = asyncio.get_running_loop().time()
+                silence.reschedule(self._heard + self._policy.lost_after_seconds)
+                self._is_well(from_report(report))
+                await asyncio.sleep(self._policy.report_gap_seconds)
+
+    # All others: asked again and again ...
+
+    async def _poll(self, path: str) -> None:
+        failures = 0
+        while True:
+            try:
+                condition = await self._probe(path)
+            except Unreached as error:
+                failures += 1
+                if error.refused or failures >= self._policy.lost_after_failures:
+                    self._is_lost(str(error))
+            else:
+                failures = 0
+                self._is_well(condition)
+            # Up to a tenth less by chance: workers of one room are not all asked in the same moment.
+            await asyncio.sleep(self._policy.interval_seconds * (1 - self._chance() / 10))
+
+    async def _probe(self, path: str) -> Condition:
+        headers = dict(self._headers) if self._type.keep_alive else {**self._headers, "Connection": "close"}
+        limit = self._policy.probe_timeout_seconds
+        try:
+            async with (
+                asyncio.timeout(limit),
+                self._session.get(
+                    self._worker.url + path, headers=headers, timeout=_ENDLESS, allow_redirects=False
+                ) as response,
+            ):
+                body = await _bounded(response.content)
+                return _with_configured_models(self._worker, self._type.read_probe(response.status, body))
+        except TimeoutError:
+            raise Unreached(f"no answer to {path} within {limit:g} s") from None
+        except ProbeFailed as error:
+            raise Unreached(str(error)) from error
+        except (aiohttp.ClientError, HttpProcessingError, OSError) as error:
+            raise Unreached(_words(error), refused=_is_refused(error)) from error
+
+
+async def _bounded(content: aiohttp.StreamReader) -> bytes:
+    """At most one byte more than a probe may have, by which its reader knows."""
+    body = bytearray()
+    while len(body) <= MAX_PROBE_BYTES and (chunk := await content.read(64 * 1024)):
+        body += chunk
+    return bytes(body[: MAX_PROBE_BYTES + 1])
+
+
+def _is_refused(error: BaseException) -> bool:
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return isinstance(error.os_error, ConnectionRefusedError)
+    return isinstance(error, ConnectionRefusedError)
+
+
+def _words(error: BaseException) -> str:
+    """What happened on the way, for people; the exceptions' own texts repeat address and internals."""
+    match error:
+        case _ if _is_refused(error):
+            return "connection refused: nothing listens there"
+        case aiohttp.ClientConnectorDNSError():
+            return "its host name is not known"
+        case aiohttp.ClientConnectorCertificateError():
+            return "its TLS certificate is not trusted"
+        case aiohttp.ClientSSLError():
+            return "it does not speak TLS as expected"
+        case aiohttp.ClientConnectorError():
+            return f"cannot be reached: {error.os_error.strerror or error.os_error}"
+        case aiohttp.ClientPayloadError() | aiohttp.ServerDisconnectedError() | ConnectionResetError():
+            return "it closed the connection"
+    return f"does not speak HTTP as expected ({type(error).__name__})"
+
+
+# Pure: what was heard, in the core's words ...
+
+
+def from_report(report: wire.Report) -> Condition:
+    """The condition that an agent's report describes."""
+    return Condition(
+        models=tuple(
+            ModelOffer(
+                name=ModelName(model.name),
+                endpoints=frozenset(endpoint for endpoint in Endpoint if endpoint.value in model.paths),
+                context_tokens=model.context_tokens,
+            )
+            for model in report.models
+        ),
+        ready=report.state is wire.EngineState.READY,
+        slots=report.slots,
+        engine=report.engine,
+        state=report.state.value,
+        detail=report.detail,
+        hardware=report.hardware,
+        advice=report.advice,
+    )
+
+
+def _with_configured_models(worker: Worker, condition: Condition) -> Condition:
+    """A worker that answers but lists nothing serves what it is configured for."""
+    if condition.models or not condition.ready:
+        return condition
+    return dataclasses.replace(condition, models=tuple(ModelOffer(name=name) for name in sorted(worker.only)))
