@@ -11,6 +11,7 @@ import asyncio
 import enum
 import ipaddress
 import logging
+import re
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -192,33 +193,32 @@ class Roster:
     def _welcome(self, worker_id: WorkerId, urls: tuple[str, ...], source: _Source) -> None:
         """An agent says that it is there, at one of these. Raises `NotAdmitted`."""
         known = self._members.get(worker_id)
-        if known is None:
-            self._admit(worker_id, urls, source)
-        elif known.source is _Source.STATIC or known.source > source:
+        if known is not None and known.source > source:
             return
-        elif known.worker.url in urls:
-            # Nothing new: an alive agent keeps its connection, whatever else was announced for it.
+        if known is not None and known.worker.url in urls:
+            # Nothing new: an agent keeps its connection, whatever else was announced for it.
             known.source, known.urls = source, urls
-        elif known.lost_since is None:
+            return
+        if known is not None and known.lost_since is None:
             # Whoever is alive under an id keeps it: an announcement is no proof of being the same agent.
-            if source is _Source.JOINED:
-                raise NotAdmitted(
-                    f'an agent called "{worker_id}" is alive at {known.worker.url}: give this one another id'
-                )
-        elif source > known.source or known.urls != urls:
-            self._put(Worker(id=worker_id, type="agent", url=urls[0]), self._agent_headers, source, urls)
-
-    def _admit(self, worker_id: WorkerId, urls: tuple[str, ...], source: _Source) -> None:
-        for other in list(self._members.values()):
-            if other.worker.url not in urls:
-                continue
-            if other.source is _Source.STATIC:
-                return  # the same server, under the name that the config gives it
-            if other.lost_since is None and other.source >= source:
-                raise NotAdmitted(f'{other.worker.url} is the agent "{other.worker.id}", which is alive')
-            self._remove(other.worker.id, f'"{worker_id}" is there now')
-        self._make_way()
-        self._put(Worker(id=worker_id, type="agent", url=urls[0]), self._agent_headers, source, urls)
+            raise NotAdmitted(
+                f'an agent called "{worker_id}" is alive at {known.worker.url}: give this one another id'
+            )
+        rivals = [m for m in self._members.values() if m.worker.url in urls and m is not known]
+        if any(rival.source is _Source.STATIC for rival in rivals):
+            return  # the same server, under the name that the config gives it
+        alive = {m.worker.url: m for m in rivals if m.lost_since is None and m.source >= source}
+        # Addresses of inner bridges are the same on many machines: one that is taken need not mean all.
+        free = tuple(url for url in urls if url not in alive)
+        if not free:
+            first = alive[urls[0]].worker
+            raise NotAdmitted(f'the agent "{first.id}" is alive at {first.url}: another cannot be there')
+        for rival in rivals:
+            if rival.worker.url == free[0]:
+                self._remove(rival.worker.id, f'"{worker_id}" is there now')
+        if known is None:
+            self._make_way()
+        self._put(Worker(id=worker_id, type="agent", url=free[0]), self._agent_headers, source, free)
 
     def _make_way(self) -> None:
         guests = [member for member in self._members.values() if member.source is not _Source.STATIC]
@@ -275,6 +275,8 @@ def by_reachability(addresses: Sequence[str], own: Sequence[Interface]) -> tuple
     def rank(address: Address) -> int:
         if address.is_loopback:
             return 0
+        if address in ours and not from_here:
+            return 5  # it leads back to us: a bridge that has the same address on many machines
         if address.is_link_local and address.version == 6:
             return 4
         near = any(address in interface.network for interface in own)
@@ -313,7 +315,7 @@ def _parsed(text: str) -> Address | None:
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped is not None:  # how a dual-stack socket tells of an IPv4 peer
             return address.ipv4_mapped
-        if address.scope_id is not None and not address.scope_id.isalnum():
+        if address.scope_id is not None and not re.fullmatch(r"[A-Za-z0-9_.-]+", address.scope_id):
             return None
     return address
 

@@ -218,7 +218,7 @@ async def _events(response: Response, reader: StreamReader) -> AsyncGenerator[li
     Raises `AnswerError` where the stream ends without it: a closed connection is no end (RELIABILITY D1).
     """
     frames = EventFrames()
-    async with aclosing(response.chunks()) as chunks:
+    async with aclosing(response.chunks(lambda: reader.begun)) as chunks:
         async for chunk in chunks:
             yield _read(reader, frames.feed(chunk))
             if reader.done:

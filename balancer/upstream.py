@@ -7,13 +7,17 @@ environment, no redirect, no cookie is ever followed (RELIABILITY R9, R10).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+import io
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 import aiohttp
+
+
+LARGE_BODY_BYTES = 256 * 1024
 
 
 class UpstreamError(Exception):
@@ -36,8 +40,8 @@ class Silent(UpstreamError):
 class TimeoutPolicy:
     connect_seconds: float = 10.0
     read_seconds: float = 60.0
-    """Between two pieces of an answer. Before the first, the engine is taken to be loading or reading the
-    prompt, which takes minutes on a slow machine; then only the request's own limit counts."""
+    """Between two pieces of an answer. Before its first word, the engine is taken to be loading or reading
+    the prompt, which takes minutes on a slow machine; then only the request's own limit counts."""
 
 
 class Response:
@@ -61,15 +65,16 @@ class Response:
         value = self._response.headers.get("Retry-After", "")
         return float(value) if value.isascii() and value.isdigit() and len(value) <= 6 else None
 
-    async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """The body as it comes. Raises `Broke` and `Silent`."""
+    async def chunks(self, begun: Callable[[], bool] = lambda: True) -> AsyncGenerator[bytes, None]:
+        """The body as it comes. Raises `Broke`, and `Silent` for a pause once the answer has `begun`."""
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(None) as patience:
                 while chunk := await self._response.content.readany():
                     patience.reschedule(None)  # the reader's own time does not count as the worker's
                     yield chunk
-                    patience.reschedule(loop.time() + self._read_seconds)
+                    if begun():
+                        patience.reschedule(loop.time() + self._read_seconds)
         except TimeoutError:
             if not patience.expired():
                 raise
@@ -128,7 +133,7 @@ class Upstream:
         """
         session = self._pooled if keep_alive else self._fresh
         try:
-            response = await session.post(url, data=body, headers=headers, allow_redirects=False)
+            response = await session.post(url, data=_in_pieces(body), headers=headers, allow_redirects=False)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise Unreachable(_name(error)) from error
         except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
@@ -137,6 +142,11 @@ class Upstream:
             yield Response(response, self._policy.read_seconds)
         finally:
             response.close()  # after a body that was read to its end the connection is back in the pool
+
+
+def _in_pieces(body: bytes) -> bytes | io.BytesIO:
+    """A large body is written piece by piece, so that it does not hold up everything else."""
+    return body if len(body) <= LARGE_BODY_BYTES else io.BytesIO(body)
 
 
 def _name(error: BaseException) -> str:

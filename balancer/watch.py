@@ -129,15 +129,18 @@ class _Watch:
         self._heard: float | None = None
 
     async def run(self) -> None:
-        try:
-            if self._type.probe_path is None:
-                await self._listen()
-            else:
-                await self._poll(self._type.probe_path)
-        except Exception:
-            # A fault of ours must not look like health: the worker gets nothing, and the trace is kept.
-            log.exception("the watch of worker %s broke", self._worker.id)
-            self._is_lost("its watch broke, see the log")
+        """Until it is cancelled."""
+        while True:
+            try:
+                if self._type.probe_path is None:
+                    await self._listen()
+                else:
+                    await self._poll(self._type.probe_path)
+            except Exception:
+                # A fault of ours must not look like health: the worker gets nothing, and the trace is kept.
+                log.exception("the watch of worker %s broke", self._worker.id)
+                self._is_lost("its watch broke, see the log")
+            await asyncio.sleep(self._policy.longest_pause_seconds)
 
     # Told once ...
 

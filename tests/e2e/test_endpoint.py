@@ -181,3 +181,11 @@ async def test_only_what_is_meant_for_a_worker_reaches_it(open_room: OpenRoom):
         assert request.body["temperature"] == 0.5
         assert not {"draft_model", "chat_template"} & set(request.body)
         assert not {"authorization", "cookie", "x-forwarded-for"} & set(request.headers)
+
+
+async def test_a_long_paper_passes_as_it_is(open_room: OpenRoom):
+    paper = [{"role": "user", "content": "word " * 600_000}]
+    async with FakeEngine() as engine, open_room(engine) as room:
+        answer = await room.openai.chat.completions.create(model="fake", messages=paper)
+        assert answer.choices[0].message.content == reference_text(paper, 16)
+        assert engine.requests[0].body["messages"] == paper

@@ -1,0 +1,1 @@
+"""Measurements of the balancer, each a program: `python -m benchmarks.overhead`."""

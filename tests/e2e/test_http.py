@@ -1,0 +1,193 @@
+"""The HTTP front: wrong requests, limits, the routes beside inference."""
+
+import asyncio
+import io
+import json
+import socket
+
+import openai
+import pytest
+
+from tests.e2e.conftest import OpenRoom, Room
+from tests.fakes.engine import FakeEngine
+from tests.fakes.faults import Fault
+
+BODY = {"model": "fake", "messages": [{"role": "user", "content": "Name some trees."}]}
+CHAT = "/v1/chat/completions"
+JSON = {"Content-Type": "application/json"}
+
+
+async def post(room: Room, data: bytes, headers: dict[str, str] = JSON, path: str = CHAT) -> tuple[int, dict]:
+    async with room.http.post(room.url + path, data=io.BytesIO(data), headers=headers) as response:
+        assert "X-Request-ID" in response.headers
+        return response.status, json.loads(await response.read())["error"]
+
+
+async def test_a_wrong_field_is_a_400_that_names_it(open_room: OpenRoom):
+    async with FakeEngine() as engine, open_room(engine) as room:
+        with pytest.raises(openai.BadRequestError) as caught:
+            await room.openai.chat.completions.create(**BODY, temperature="hot")
+        assert caught.value.param == "temperature"
+        assert "a number from 0 to 100" in caught.value.message
+        assert not engine.requests
+
+
+async def test_an_unknown_model_is_a_404_that_lists_what_there_is(open_room: OpenRoom):
+    async with FakeEngine(models=("m", "n")) as engine, open_room(engine) as room:
+        with pytest.raises(openai.NotFoundError, match="m, n") as caught:
+            await room.openai.chat.completions.create(**BODY | {"model": "gpt-4"})
+        assert caught.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    ("data", "headers", "status", "code"),
+    [
+        (b"{", JSON, 400, None),
+        (b"", JSON, 400, None),
+        (b"[" * 100_000, JSON, 400, None),
+        (b"{}", {"Content-Type": "text/plain"}, 415, "unsupported_media_type"),
+        (b"x", {**JSON, "Content-Encoding": "gzip"}, 415, "unsupported_media_type"),
+        (b'"' + b"x" * (1024 * 1024), JSON, 413, "request_too_large"),
+    ],
+    ids=["torn JSON", "nothing", "deep JSON", "not JSON", "compressed", "too large"],
+)
+async def test_a_body_that_is_no_request(open_room: OpenRoom, data, headers, status, code):
+    async with FakeEngine() as engine, open_room(engine, max_body_mib=1) as room:
+        got, error = await post(room, data, headers)
+        assert (got, error["code"], error["type"]) == (status, code, "invalid_request_error")
+        assert not engine.requests
+
+
+async def test_paths_and_methods_that_do_not_exist_are_answered_in_the_same_form(open_room: OpenRoom):
+    async with FakeEngine() as engine, open_room(engine) as room:
+        assert (await post(room, b"{}", path="/v1/nothing"))[0] == 404
+        async with room.http.get(room.url + CHAT) as response:
+            assert (response.status, response.headers["Allow"]) == (405, "POST")
+            assert (await response.json())["error"]["code"] == "method_not_allowed"
+
+
+async def test_a_strange_request_id_is_replaced(open_room: OpenRoom):
+    async with FakeEngine() as engine, open_room(engine) as room:
+        headers = {"X-Request-ID": "a b<script>"}
+        async with room.http.post(room.url + CHAT, json=BODY, headers=headers) as response:
+            assert response.headers["X-Request-ID"].startswith("req_")
+        assert engine.requests[0].headers["x-request-id"] == response.headers["X-Request-ID"]
+
+
+async def test_health_says_how_the_room_is(open_room: OpenRoom):
+    async with FakeEngine() as engine, open_room(engine) as room:
+        async with room.http.get(f"{room.url}/health") as response:
+            body = await response.json()
+        (worker,) = body["workers"]
+        assert (response.status, body["status"]) == (200, "ok")
+        assert (worker["id"], worker["state"], worker["models"]) == ("a", "ready", ["fake"])
+
+
+async def test_it_is_ready_once_a_worker_is(open_room: OpenRoom):
+    async with FakeEngine() as engine:
+        engine.refuse()
+        async with open_room({"host": "127.0.0.1", "port": engine.port or 1, "type": "openai"}) as room:
+            async with room.http.get(f"{room.url}/readyz") as response:
+                assert response.status == 503
+        await engine.listen()
+        async with open_room(engine) as room:
+            async with room.http.get(f"{room.url}/readyz") as response:
+                assert response.status == 200
+
+
+async def test_an_empty_room_says_what_to_do(open_room: OpenRoom):
+    async with open_room() as room:
+        with pytest.raises(openai.InternalServerError, match="worker-agent run") as caught:
+            await room.openai.chat.completions.create(**BODY)
+        assert caught.value.status_code == 503
+
+
+async def test_metrics_count_requests_attempts_and_tokens(open_room: OpenRoom):
+    async with FakeEngine() as engine, open_room(engine) as room:
+        engine.script(Fault.status(500))
+        await room.openai.chat.completions.create(**BODY)
+        page = await room.metrics()
+        assert (
+            'balancer_requests_total{endpoint="/v1/chat/completions",error="",model="fake",status="200"} 1.0'
+            in page
+        )
+        assert 'balancer_attempts_total{cause="erred",worker="a"} 1.0' in page
+        assert 'balancer_attempts_total{cause="answered",worker="a"} 1.0' in page
+        assert 'balancer_tokens_total{direction="output",model="fake",worker="a"} 16.0' in page
+        assert 'balancer_worker_ready{worker="a"} 1.0' in page
+
+
+async def test_a_model_that_nobody_serves_makes_no_series_of_its_own(open_room: OpenRoom):
+    async with FakeEngine() as engine, open_room(engine) as room:
+        for number in range(3):
+            with pytest.raises(openai.NotFoundError):
+                await room.openai.chat.completions.create(**BODY | {"model": f"invented-{number}"})
+        page = await room.metrics()
+        assert "invented" not in page
+        assert 'model="unknown",status="404"} 3.0' in page
+
+
+async def test_metrics_can_be_switched_off(open_room: OpenRoom):
+    async with FakeEngine() as engine, open_room(engine, enable_metrics=False) as room:
+        async with room.http.get(f"{room.url}/metrics") as response:
+            assert response.status == 404
+
+
+async def test_no_prompt_and_no_answer_is_logged_or_measured(open_room: OpenRoom, caplog):
+    caplog.set_level("DEBUG")
+    canary = "canary-7f3a"
+    async with FakeEngine() as engine, open_room(engine) as room:
+        messages = [{"role": "user", "content": canary}]
+        engine.script(Fault.status(500), Fault.close(at_token=3))
+        await room.openai.chat.completions.create(model="fake", messages=messages)
+        with pytest.raises(openai.BadRequestError):
+            await room.openai.chat.completions.create(
+                model="fake", messages=[{"role": canary, "content": ""}]
+            )
+        page = await room.metrics()
+    assert canary not in page
+    ours = [record for record in caplog.records if record.name.startswith(("balancer", "aiohttp", "worker"))]
+    assert ours
+    assert not any(canary in record.getMessage() for record in ours)
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for_forever(open_room: OpenRoom, monkeypatch):
+    from balancer import front
+
+    monkeypatch.setattr(front.FrontPolicy.__init__, "__defaults__", (32 * 1024 * 1024, 0.2))
+    async with FakeEngine() as engine, open_room(engine) as room:
+        reader, writer = await asyncio.open_connection("127.0.0.1", room.balancer.port)
+        head = ("POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json")
+        writer.write("\r\n".join([*head, "Content-Length: 9", "", "{"]).encode())
+        status = await asyncio.wait_for(reader.readline(), 10)
+        assert b" 408 " in status
+        writer.close()
+
+
+async def test_a_port_that_is_taken_is_said_plainly(open_room: OpenRoom, tmp_path):
+    from balancer.app import PortTaken, running
+    from balancer.settings import load
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        flags = {"host": "127.0.0.1", "port": taken.getsockname()[1], "mdns": False, "data_dir": tmp_path}
+        with pytest.raises(PortTaken, match="--port"):
+            async with running(load(None, flags)):
+                pass
+
+
+async def test_an_agents_join_is_checked(open_room: OpenRoom):
+    async with open_room() as room:
+        status, error = await post(room, b'{"id": "x"}', path="/cluster/v1/join")
+        assert (status, "port" in error["message"]) == (400, True)
+
+
+async def test_public_addresses_are_turned_away(open_room: OpenRoom, monkeypatch):
+    from balancer import front
+
+    monkeypatch.setattr(front, "is_private", lambda address: False)
+    async with FakeEngine() as engine, open_room(engine) as room:
+        status, error = await post(room, json.dumps(BODY).encode())
+        assert (status, error["code"]) == (403, "source_not_allowed")
+        assert not engine.requests
