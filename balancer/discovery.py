@@ -374,7 +374,8 @@ class Browser:
             self._zeroconf = self._opened()
             await self._zeroconf.zeroconf.async_wait_for_start()
         except (OSError, ZeroconfError, TimeoutError) as error:
-            log.warning("cannot listen for mDNS (%s): %s", error, OPEN_ROADS)
+            # As text: an exception kept in a log record would keep the half-opened sockets too.
+            log.warning("cannot listen for mDNS (%s): %s", str(error), OPEN_ROADS)
             await self.aclose()
             return False
         self._browser = AsyncServiceBrowser(
@@ -408,7 +409,6 @@ class Browser:
     ) -> None:
         if state_change is ServiceStateChange.Removed:
             self._names.discard(name)
-            self._misfits.discard(name)
         elif name in self._names or len(self._names) < MAX_NAMES:
             self._names.add(name)
             self._want(name)
@@ -434,7 +434,7 @@ class Browser:
             try:
                 await self._resolve(zeroconf, name)
             except wire.WireError as error:
-                if name not in self._misfits:
+                if name not in self._misfits and len(self._misfits) < MAX_NAMES:
                     self._misfits.add(name)
                     log.warning("the mDNS announcement %r is ignored: %s", name[:128], error)
             except Exception:

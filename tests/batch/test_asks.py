@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from balancer.batch.asks import (
+    Place,
+    about_text,
+    longest_question_chars,
+    merge_question_chars,
+    merging,
+    rounds,
+)
+from balancer.batch.presets import Preset, Prompt
+
+PRESET = Preset(
+    name="mine",
+    system="Be kind.",
+    prompts=(Prompt(name="a", text="What?"), Prompt(name="b", text="Why, and for whom?", max_tokens=50)),
+)
+NAMES = ("a", "b", "c", "d")
+
+
+@given(
+    st.integers(0, 6),
+    st.lists(st.sampled_from(NAMES), unique=True),
+    st.frozensets(st.builds(Place, st.integers(0, 6), st.sampled_from(NAMES))),
+)
+def test_each_open_question_is_asked_once_in_order_and_the_first_of_a_section_alone(
+    sections: int, prompts: list[str], answered: frozenset[Place]
+):
+    planned = rounds(sections, prompts, answered)
+    asked = [place for together in planned for place in together]
+    every = [Place(section, name) for section in range(sections) for name in prompts]
+    assert asked == [place for place in every if place not in answered]
+    begun: set[int] = set()
+    for together in planned:
+        (section,) = {place.section for place in together}
+        assert section in begun or len(together) == 1
+        begun.add(section)
+
+
+def test_the_document_comes_first_and_the_question_last():
+    first, second = (
+        about_text(PRESET, prompt, "The text.", section=0, sections=1, model="m", max_tokens=9)
+        for prompt in PRESET.prompts
+    )
+    assert first.user.endswith("What?")
+    assert second.user.endswith("Why, and for whom?")
+    prefix = first.user.removesuffix("What?")
+    assert "The text." in prefix
+    assert second.user.startswith(prefix)
+
+
+def test_a_question_about_a_section_says_which():
+    request = about_text(PRESET, PRESET.prompts[0], "x", section=1, sections=3, model="m", max_tokens=9)
+    assert "section 2 of 3" in request.user
+
+
+def test_a_request_is_a_chat_completion_with_the_prompts_own_settings():
+    body = about_text(PRESET, PRESET.prompts[1], "x", section=0, sections=1, model="m", max_tokens=50).body()
+    assert (body["model"], body["max_tokens"], body["temperature"], body["stream"]) == ("m", 50, 0.2, False)
+    messages = body["messages"]
+    assert isinstance(messages, list)
+    assert [message["role"] for message in messages] == ["system", "user"]
+
+
+@given(st.text(max_size=50), st.integers(0, 900), st.integers(1, 999))
+def test_the_room_kept_for_a_question_is_enough(text: str, section: int, sections: int):
+    for prompt in PRESET.prompts:
+        request = about_text(
+            PRESET, prompt, text, section=section, sections=sections, model="m", max_tokens=1
+        )
+        assert request.chars <= longest_question_chars(PRESET) + len(text)
+
+
+def test_a_merge_holds_every_answer_in_order_and_the_question():
+    request = merging(PRESET, PRESET.prompts[0], ["one", "two"], model="m", max_tokens=9)
+    assert request.user.index("one") < request.user.index("two") < request.user.index("What?")
+    assert merge_question_chars(PRESET, PRESET.prompts[0]) < request.chars

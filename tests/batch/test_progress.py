@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import io
+from pathlib import PurePath
+
+import pytest
+from rich.console import Console
+
+from balancer.batch.journal import Answer
+from balancer.batch.progress import Forecast, Lines, in_words, shown
+from balancer.batch.report import Row
+
+
+def row(error: str | None = None) -> Row:
+    answers = {"a": Answer(text="yes", sections=2)}
+    return Row(file=PurePath("p[1].md"), sha256="0", preset="p", model="m", error=error, answers=answers)
+
+
+def test_the_forecast_goes_by_what_this_run_worked_on():
+    forecast = Forecast(papers=4)
+    assert forecast.left_seconds(10) is None
+    forecast.finished(0, asked=False)
+    forecast.finished(1, asked=True)
+    assert forecast.left_seconds(10) == 20
+    forecast.advanced(2, 0.5)
+    assert forecast.left_seconds(15) == 15
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(None, ""), (45, "about 45 s left"), (600, "about 10 min left"), (9000, "about 2.5 h left")],
+)
+def test_durations_are_said_in_the_unit_that_people_would_use(seconds: float | None, words: str):
+    assert in_words(seconds) == words
+
+
+def test_without_a_terminal_each_paper_is_a_line():
+    said: list[str] = []
+    moments = iter([0.0, 30.0, 60.0])
+    lines = Lines(2, said.append, clock=lambda: next(moments))
+    lines.finished(0, row(), asked=3)
+    lines.finished(1, row(error="broken"), asked=1)
+    assert said == [
+        "[1/2] done: p[1].md (1 answers, read in 2 sections), about 30 s left",
+        "[2/2] failed: p[1].md (broken)",
+    ]
+
+
+def test_a_terminal_gets_a_bar_and_the_failures():
+    output = io.StringIO()
+    with shown(2, Console(file=output, force_terminal=True, width=100)) as observer:
+        observer.advanced(0, 0.5)
+        observer.finished(0, row(error="broken"), asked=1)
+    assert "failed: p[1].md (broken)" in output.getvalue()
+    assert "1/2" in output.getvalue()

@@ -1,0 +1,187 @@
+"""Layers, names of variables, secrets, and the sentences about what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from balancer.config_file import ConfigFaults, ConfigFile, Tunables
+from balancer.settings import Settings, SettingsError, load, variable
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    for key in (*Tunables.model_fields, "workers"):
+        monkeypatch.delenv(variable(key), raising=False)
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(**members: object) -> Path:
+        path = tmp_path / "balancer.json"
+        path.write_text(json.dumps(members))
+        return path
+
+    return write
+
+
+def complaint(path: Path | None = None, **flags: object) -> str:
+    with pytest.raises(SettingsError) as caught:
+        load(path, flags)
+    return str(caught.value)
+
+
+def test_without_any_layer_the_defaults_hold():
+    settings = load(None, {})
+    assert settings.model_dump(exclude={"workers"}) == ConfigFile().model_dump(exclude={"workers", "schema_"})
+    assert (settings.max_retries, settings.request_timeout, settings.max_concurrent_batch) == (3, 300, 50)
+    assert (settings.host, settings.port, settings.health_check_interval) == ("0.0.0.0", 4000, 5)
+
+
+def test_the_shipped_file_holds_the_defaults():
+    shipped = Path(__file__).parents[2] / "configs" / "balancer.json"
+    assert load(shipped, {}).model_dump() == load(None, {}).model_dump()
+
+
+def test_a_file_beats_defaults_a_variable_the_file_and_a_flag_the_variable(config, monkeypatch):
+    path = config(port=1, max_queue=1, max_retries=1)
+    monkeypatch.setenv("BALANCER_MAX_QUEUE", "2")
+    monkeypatch.setenv("MAX_RETRIES", "2")
+    settings = load(path, {"max_retries": 3, "port": None})
+    assert (settings.port, settings.max_queue, settings.max_retries, settings.max_body_mib) == (1, 2, 3, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "key", "expectation"),
+    [
+        ("HEALTH_CHECK_INTERVAL", "2.5", "health_check_interval", 2.5),
+        ("REQUEST_TIMEOUT", "30", "request_timeout", 30.0),
+        ("MAX_RETRIES", "0", "max_retries", 0),
+        ("MAX_CONCURRENT_BATCH", "7", "max_concurrent_batch", 7),
+        ("LOG_LEVEL", "debug", "log_level", "DEBUG"),
+        ("ENABLE_METRICS", "false", "enable_metrics", False),
+        ("BALANCER_PORT", "8080", "port", 8080),
+        ("BALANCER_MDNS", "no", "mdns", False),
+        ("BALANCER_DATA_DIR", "/srv/x", "data_dir", Path("/srv/x")),
+        ("BALANCER_MAX_QUEUE", "", "max_queue", 1000),
+    ],
+)
+def test_a_setting_has_its_variable(monkeypatch, name, value, key, expectation):
+    assert variable(key) == name
+    monkeypatch.setenv(name, value)
+    assert getattr(load(None, {}), key) == expectation
+
+
+@pytest.mark.parametrize("name", ["PORT", "HOST", "max_retries", "BALANCER_MAX_RETRIES"])
+def test_a_variable_of_another_name_says_nothing(monkeypatch, name):
+    monkeypatch.setenv(name, "12")
+    assert load(None, {}).model_dump() == Settings.model_construct().model_dump()
+
+
+def test_weights_in_a_variable_are_laid_over_those_of_the_file(config, monkeypatch):
+    monkeypatch.setenv("BALANCER_SCORER_WEIGHTS", '{"availability": 1}')
+    weights = load(config(scorer_weights={"response_time": 0.5}), {}).scorer_weights
+    assert (weights.availability, weights.success_rate, weights.response_time) == (1, 0.4, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("MAX_RETRIES", "many", "MAX_RETRIES is 'many': expected a whole number from 0 to 20 (default 3)"),
+        ("MAX_RETRIES", "99", "MAX_RETRIES is '99': expected a whole number from 0 to 20 (default 3)"),
+        ("REQUEST_TIMEOUT", "nan", "REQUEST_TIMEOUT is 'nan': expected a number from 0.1 to 86400"),
+        ("ENABLE_METRICS", "maybe", "ENABLE_METRICS is 'maybe': expected true or false (default true)"),
+        ("LOG_LEVEL", "loud", 'LOG_LEVEL is \'loud\': expected one of "DEBUG", "INFO"'),
+        ("BALANCER_PORT", "tcp://10.0.0.1:4000", "BALANCER_PORT is 'tcp://10.0.0.1:4000': expected a whole"),
+        ("BALANCER_SCORER_WEIGHTS", "0.4", "BALANCER_SCORER_WEIGHTS is '0.4': expected an object"),
+        ("BALANCER_SCORER_WEIGHTS", "{", "BALANCER_SCORER_WEIGHTS is not JSON: expected an object"),
+        ("BALANCER_WORKERS", "[]", "workers are listed in the JSON file only"),
+    ],
+)
+def test_a_bad_variable_is_named_with_what_was_expected(monkeypatch, name, value, sentence):
+    monkeypatch.setenv(name, value)
+    told = complaint()
+    assert sentence in told
+    assert len(told.splitlines()) == 1
+
+
+def test_two_bad_variables_are_told_together(monkeypatch):
+    monkeypatch.setenv("MAX_RETRIES", "x")
+    monkeypatch.setenv("BALANCER_PORT", "y")
+    assert len(complaint().splitlines()) == 2
+
+
+def test_a_bad_flag_is_named_as_the_flag(monkeypatch):
+    monkeypatch.setenv("MAX_RETRIES", "1")
+    assert complaint(max_retries=-1).startswith("--max-retries is '-1': expected a whole number")
+    assert complaint(max_retreis=1) == "--max-retreis is not a setting"
+
+
+def test_a_faulty_file_is_told_as_the_file(config):
+    with pytest.raises(ConfigFaults, match=r"balancer\.json:1:10: "):
+        load(config(port=0), {})
+
+
+def test_a_setting_cannot_be_changed_later():
+    with pytest.raises(ValueError, match="frozen"):
+        load(None, {}).port = 1
+
+
+def test_a_home_in_a_path_is_the_users(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("BALANCER_DATA_DIR", "~/x")
+    assert load(None, {}).data_dir == tmp_path / "x"
+    monkeypatch.delenv("BALANCER_DATA_DIR")
+    assert load(None, {}).data_dir.is_relative_to(tmp_path)
+
+
+# Secrets ...
+
+
+def room_with(config, reference):
+    return config(workers=[{"host": "box", "api_key": reference}])
+
+
+def test_a_key_comes_from_a_variable_or_from_a_file_beside_the_config(config, monkeypatch, tmp_path):
+    monkeypatch.setenv("BOX_KEY", "sk-1")
+    (tmp_path / "key").write_text("sk-2\n")
+    from_variable = load(room_with(config, {"env": "BOX_KEY"}), {}).room[0]
+    assert from_variable.headers == {"Authorization": "Bearer sk-1"}
+    from_file = load(room_with(config, {"file": "key"}), {})
+    assert from_file.room[0].headers == {"Authorization": "Bearer sk-2"}
+    assert "sk-2" not in repr(from_file) + repr(from_file.room) + from_file.model_dump_json()
+
+
+def test_workers_without_a_key_send_none(config):
+    assert [entry.headers for entry in load(config(workers=[{"host": "box"}]), {}).room] == [{}]
+
+
+@pytest.mark.parametrize(
+    ("reference", "content", "sentence"),
+    [
+        ({"env": "BOX_KEY"}, None, "environment variable BOX_KEY, which is not set"),
+        ({"file": "key"}, None, "cannot be read: No such file"),
+        ({"file": "key"}, b"\n", "is empty"),
+        ({"file": "key"}, b"a" * 9000, "is too long"),
+        ({"file": "key"}, b"\xff", "not plain ASCII"),
+        ({"file": "key"}, b"a\r\nX-Evil: 1", "expected one word"),
+    ],
+)
+def test_a_key_that_cannot_be_had_is_told_with_its_worker(
+    config, tmp_path, monkeypatch, reference, content, sentence
+):
+    monkeypatch.delenv("BOX_KEY", raising=False)
+    if content is not None:
+        (tmp_path / "key").write_bytes(content)
+    told = complaint(room_with(config, reference))
+    assert told.startswith('the api_key of worker "box:8000" comes from')
+    assert sentence in told
+
+
+def test_every_missing_key_is_told(config):
+    assert "NOT_THERE" not in os.environ
+    path = config(workers=[{"host": name, "api_key": {"env": "NOT_THERE"}} for name in ("a", "b")])
+    assert len(complaint(path).splitlines()) == 2

@@ -1,0 +1,337 @@
+"""The JSON file: what is forgiven, what is a fault, and where."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from balancer.config_file import (
+    MAX_FAULTS,
+    MAX_FILE_BYTES,
+    ConfigFaults,
+    ConfigFile,
+    SecretReference,
+    expected,
+    parse,
+    read,
+)
+from balancer.core.model import Worker
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = (
+    '{"workers": [{"id": "mac-studio", "host": "192.168.1.20", "port": 1234, "type": "lm_studio", '
+    '"model": "qwen2.5-7b-instruct", "max_concurrent_requests": 5}]}'
+)
+
+
+def faults(text: str) -> list[str]:
+    with pytest.raises(ConfigFaults) as caught:
+        parse(text, "f.json")
+    assert str(caught.value).splitlines() == [str(fault) for fault in caught.value.faults]
+    return [str(fault) for fault in caught.value.faults]
+
+
+def fault(text: str) -> str:
+    only = faults(text)
+    assert len(only) == 1, only
+    return only[0]
+
+
+def of_worker(members: str) -> str:
+    """The one fault of a worker with these members; columns count from the worker's line."""
+    return fault('{"workers": [\n{"host": "h", ' + members + "}]}")
+
+
+def worker(**members: object) -> Worker:
+    return parse(json.dumps({"workers": [members]}), "f.json").workers[0].worker()
+
+
+# What is right ...
+
+
+def test_the_published_form_describes_a_worker():
+    assert parse(EXAMPLE, "f.json").workers[0].worker() == Worker(
+        id="mac-studio",
+        type="lm_studio",
+        url="http://192.168.1.20:1234",
+        cap=5,
+        only=frozenset({"qwen2.5-7b-instruct"}),
+    )
+
+
+@pytest.mark.parametrize(
+    ("type_name", "port", "cap"),
+    [("agent", 4100, None), ("ollama", 11434, 5), ("lm_studio", 1234, 5), ("openai", 8000, 5)],
+)
+def test_a_host_and_a_type_are_enough(type_name, port, cap):
+    assert worker(host="box", type=type_name) == Worker(
+        id=f"box:{port}", type=type_name, url=f"http://box:{port}", cap=cap
+    )
+
+
+def test_a_worker_without_a_type_speaks_openais_api():
+    assert worker(host="box").type == "openai"
+
+
+@pytest.mark.parametrize("host", ["fd00::2", "[fd00::2]"])
+def test_an_ipv6_host_stands_in_brackets_in_the_url(host):
+    assert worker(host=host, tls=True).url == "https://[fd00::2]:8000"
+
+
+def test_comments_trailing_commas_and_a_byte_order_mark_are_forgiven():
+    text = '\ufeff// one\n{"port": 1, /* two\n lines */ "workers": [{"host": "a"},],}'
+    assert parse(text, "f.json").port == 1
+
+
+def test_what_looks_like_a_comment_within_text_is_text():
+    file = parse('{"$schema": "https://x/*y*/", "workers": []}', "f.json")
+    assert file.schema_ == "https://x/*y*/"
+
+
+def test_what_is_left_out_stays_at_its_default():
+    assert parse("{}", "f.json") == ConfigFile()
+
+
+def test_a_key_is_referred_to_and_never_stands_in_the_file():
+    entry = parse('{"workers": [{"host": "h", "api_key": {"env": "K"}}]}', "f").workers[0]
+    assert entry.api_key == SecretReference(env="K")
+
+
+@pytest.mark.parametrize("name", ["balancer.json", "workers.example.json"])
+def test_the_files_that_are_shipped_load(name):
+    read(ROOT / "configs" / name)
+
+
+def test_the_shipped_settings_show_every_key_with_its_default():
+    file = read(ROOT / "configs" / "balancer.json")
+    assert file == ConfigFile()
+    assert file.model_fields_set == set(ConfigFile.model_fields) - {"schema_"}
+    assert file.scorer_weights.model_fields_set == set(type(file.scorer_weights).model_fields)
+
+
+def test_the_shipped_example_has_one_worker_of_each_type():
+    file = read(ROOT / "configs" / "workers.example.json")
+    assert sorted(entry.type for entry in file.workers) == ["agent", "lm_studio", "ollama", "openai"]
+
+
+def test_every_key_is_described_in_the_json_schema():
+    schema = ConfigFile.model_json_schema()
+    objects = [schema, *schema["$defs"].values()]
+    assert [
+        key for one in objects for key, rule in one["properties"].items() if "description" not in rule
+    ] == []
+
+
+# What is wrong, and where ...
+
+
+@pytest.mark.parametrize(
+    ("members", "expectation"),
+    [
+        ('"prot": 1', 'f.json:2:15: unknown key "prot", did you mean "port"?'),
+        ('"type": "LM-Studio"', 'f.json:2:23: "type" is "LM-Studio": expected one of "agent", '),
+        ('"type": "lmstudio"', 'did you mean "lm_studio"?'),
+        ('"type": "zzz"', '(default "openai")'),
+        ('"port": "1"', 'f.json:2:23: "port" is "1": expected a whole number from 1 to 65535'),
+        ('"port": 70000', '"port" is 70000: expected a whole number from 1 to 65535'),
+        ('"port": 1.5', '"port" is 1.5: expected a whole number'),
+        ('"port": true', '"port" is true: expected a whole number'),
+        ('"max_concurrent_requests": 0', "expected a whole number from 1 to 4096"),
+        ('"api_key": "sk-1"', 'write {"env": "NAME"} or {"file": "PATH"}'),
+        ('"api_key": {}', "exactly one of"),
+        ('"type": "ollama", "api_key": {"env": "A"}', 'type openai only, this worker is of type "ollama"'),
+        ('"id": " "', '" " holds nothing'),
+        ('"id": "a\\nb"', "cannot be printed"),
+        ('"model": ""', "1 to 128 characters"),
+        ('"tls": 1', '"tls" is 1: expected true or false (default false)'),
+    ],
+)
+def test_a_fault_of_a_worker_says_where_what_and_what_instead(members, expectation):
+    assert expectation in of_worker(members)
+
+
+@pytest.mark.parametrize(
+    ("host", "advice"),
+    [
+        ("http://192.168.1.20:1234/v1", 'the host alone: write "192.168.1.20"'),
+        ("https://api.example", 'write "api.example", and "tls": true'),
+        ("192.168.1.20:1234", '"host": "192.168.1.20", "port": 1234'),
+        ("my mac", "is not a host"),
+        ("a/b", "is not a host"),
+        ("fe80::1%a/b", "is not a host"),
+        ("", "1 to 253 characters"),
+    ],
+)
+def test_a_host_that_is_more_than_a_host_is_taken_apart_in_the_advice(host, advice):
+    assert advice in fault(json.dumps({"workers": [{"host": host}]}))
+
+
+@pytest.mark.parametrize(
+    ("text", "expectation"),
+    [
+        ("", 'f.json:1:1: nothing in here: expected {"workers": [...]}'),
+        (" \n// only a comment", "f.json:1:1: nothing in here"),
+        ('{"port": 1', "f.json:1:11: the file ends here too early: expected a comma or }"),
+        ('{"workers": [', "expected a value or ]"),
+        ('{"port" 1}', "f.json:1:9: 1 does not belong here: expected :"),
+        ('{"port": }', "f.json:1:10: } does not belong here: expected a value"),
+        ("{}\n}", "f.json:2:1: } does not belong here: expected the end of the file"),
+        ('{"port": 1\n"mdns": true}', 'f.json:2:1: expected a comma before "mdns"'),
+        ('{"data_dir": "C:\\home"}', "f.json:1:14: "),
+        ('{"data_dir": "x}', "f.json:1:14: the text that begins here has no closing"),
+        ("{} /* x", "f.json:1:4: the comment that begins here has no end"),
+        ('{"port": @}', 'f.json:1:10: "@" does not belong here'),
+        ("{'port': 1}", 'f.json:1:2: expected double quotes around a key: "port"'),
+        ("{port: 1}", 'f.json:1:2: expected double quotes around a key: "port"'),
+        ('{"mdns": True}', "f.json:1:10: True is not a value of JSON, did you mean true?"),
+        ('{"data_dir": None}', "did you mean null?"),
+        ('{"data_dir": here}', 'did you mean "here"?'),
+        ('{"port": 0x10}', "0x10 is not a number of JSON"),
+        ('{"port": 007}', "007 is not a number of JSON"),
+        ('{"max_wait": 1e999}', '"max_wait" is Infinity'),
+        ('{"port": ' + "9" * 5000 + "}", "is not a number of JSON"),
+        ('{"port": 1,\n "port": 2}', 'f.json:2:2: "port" stands in line 1 already'),
+        ('{"data_dir": "\\ud800"}', "half of a surrogate pair"),
+        ("[]", 'f.json:1:1: the file is a list: expected an object like {"workers": [...]}'),
+        ("[" * 5000 + "]" * 5000, "nested more than 32 levels deep"),
+        ('{"workers": [7]}', "f.json:1:14: workers[0] is 7: expected an object in { } with host, port"),
+        ('{"workers": [{}]}', 'f.json:1:14: "host" is missing: expected text'),
+        ('{"workers": {}}', '"workers" is an object: expected a list'),
+        (
+            '{"scorer_weights": {"availability": 0, "success_rate": 0, "response_time": 0}}',
+            "every scorer weighs 0",
+        ),
+        ('{"scorer_weights": {"availabilty": 1}}', 'did you mean "availability"?'),
+        ('{"policy": "fast"}', 'expected "weighted_random"'),
+        ('{"zzzzzz": 1}', "expected one of host, port"),
+        ("x" * (MAX_FILE_BYTES + 1), "longer than"),
+    ],
+)
+def test_a_fault_of_the_text_says_where_what_and_what_instead(text, expectation):
+    assert expectation in fault(text)
+
+
+def test_all_faults_are_told_in_the_order_of_the_file():
+    told = faults(
+        '{"port": 0,\n"mdsn": true\n"workers": [{"host": "a", "port": 1}, {"host": "A", "port": 1}]}'
+    )
+    assert [line.split(": ")[0] for line in told] == [
+        "f.json:1:10",
+        "f.json:2:1",
+        "f.json:3:1",
+        "f.json:3:48",
+    ]
+
+
+def test_one_id_for_two_workers_is_a_fault_even_on_one_line():
+    assert 'the id "x" is taken by the worker of line 1' in fault(
+        '{"workers": [{"host": "a", "id": "x"}, {"host": "b", "id": "x"}]}'
+    )
+
+
+def test_an_id_may_not_be_what_another_worker_is_called_by_default():
+    assert "is taken" in fault('{"workers": [{"host": "a"}, {"host": "b", "id": "a:8000"}]}')
+
+
+def test_one_server_listed_twice_is_a_fault_also_when_the_port_is_left_out_once():
+    text = (
+        '{"workers": [{"host": "a", "type": "ollama", "id": "x"},\n{"host": "a", "port": 11434, "id": "y"}]}'
+    )
+    assert fault(text) == 'f.json:2:10: "a:11434" is the worker of line 1 already'
+
+
+def test_a_file_full_of_faults_is_told_in_bounded_length():
+    with pytest.raises(ConfigFaults) as caught:
+        parse('{"workers": [' + "{}," * 500 + "]}", "f.json")
+    lines = str(caught.value).splitlines()
+    assert len(caught.value.faults) == 500
+    assert len(lines) == MAX_FAULTS + 1
+    assert lines[-1] == f"... and {500 - MAX_FAULTS} more faults"
+
+
+@pytest.mark.parametrize(
+    ("content", "expectation"),
+    [
+        (None, ": there is no such file"),
+        (b'{\n"id": "\xff"}', ":2:8: byte 0xff is not UTF-8"),
+        (b" " * (MAX_FILE_BYTES + 1), ": longer than"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_a_fault(tmp_path, content, expectation):
+    path = tmp_path / "f.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigFaults) as caught:
+        read(path)
+    assert str(caught.value).startswith(f"{path}{expectation}")
+
+
+def test_a_folder_is_not_a_file(tmp_path):
+    with pytest.raises(ConfigFaults, match="cannot be read"):
+        read(tmp_path)
+
+
+def test_bounds_are_told_in_words():
+    assert expected(("port",)) == "a whole number from 1 to 65535 (default 4000)"
+    assert expected(("max_wait",)) == "a number from 0.1 to 86400 (default 120.0)"
+
+
+# Any text ...
+
+PIECES = [
+    '{"workers":[',
+    '{"host":"h"',
+    '"port"',
+    ":",
+    ",",
+    "}",
+    "]",
+    "{",
+    "[",
+    "1",
+    "-0.5e3",
+    "true",
+    "None",
+]
+PIECES += [
+    "'x'",
+    '"',
+    "\\",
+    "//",
+    "/*",
+    "*/",
+    '"\\u12',
+    "é",
+    '"id":"a"',
+    "\n",
+    "\r\n",
+    " ",
+    "\ufeff",
+    "\ud800",
+]
+
+
+@given(st.text(max_size=40) | st.lists(st.sampled_from(PIECES), max_size=14).map("".join))
+def test_any_text_is_a_file_or_has_faults_within_it(text):
+    try:
+        parse(text, "f.json")
+    except ConfigFaults as caught:
+        assert caught.faults
+        lines = text.removeprefix("\ufeff").split("\n")
+        for one in caught.faults:
+            assert one.place is not None
+            assert 1 <= one.place.line <= len(lines)
+            assert 1 <= one.place.column <= len(lines[one.place.line - 1]) + 1
+            assert str(one).encode()  # no half characters, which no terminal takes
+
+
+@given(
+    st.integers(1, 65535), st.sampled_from(["agent", "ollama", "lm_studio", "openai"]), st.integers(1, 4096)
+)
+def test_what_is_written_is_what_is_read(port, kind, cap):
+    found = worker(host="h", port=port, type=kind, max_concurrent_requests=cap)
+    assert (found.url, found.type, found.cap) == (f"http://h:{port}", kind, cap)

@@ -1,0 +1,173 @@
+"""What the answers of real and hostile workers are read as."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from balancer.core.model import Condition, Endpoint
+from balancer.worker_types import (
+    EMBEDDING,
+    GENERATING,
+    MAX_MODELS,
+    MAX_NAME_CHARACTERS,
+    MAX_PROBE_BYTES,
+    WORKER_TYPES,
+    ProbeFailed,
+)
+
+SAMPLES = Path(__file__).parent / "samples"
+
+
+def sample(name: str) -> Condition:
+    recorded = orjson.loads((SAMPLES / f"{name}.json").read_bytes())
+    return WORKER_TYPES[recorded["type"]].read_probe(recorded["status"], recorded["body"].encode())
+
+
+def models(condition: Condition) -> dict[str, tuple[frozenset[Endpoint], int | None]]:
+    return {offer.name: (offer.endpoints, offer.context_tokens) for offer in condition.models}
+
+
+def probed(type_name: str, body: object, status: int = 200) -> Condition:
+    raw = body if isinstance(body, bytes) else orjson.dumps(body)
+    return WORKER_TYPES[type_name].read_probe(status, raw)
+
+
+ALL = frozenset(Endpoint)
+
+
+@pytest.mark.parametrize(
+    ("name", "engine", "offered"),
+    [
+        ("llama_cpp_ready", "llama.cpp", {"smollm2": (ALL, 2048)}),
+        ("vllm_ready", "vLLM", {"Qwen/Qwen2.5-7B-Instruct": (ALL, 32768)}),
+        ("mlx_without_hub_cache", "", {}),
+        (
+            "lm_studio_v1",
+            "LM Studio",
+            {"qwen2.5-7b-instruct": (ALL, None), "text-embedding-nomic-embed-text-v1.5": (ALL, None)},
+        ),
+        (
+            "lm_studio_detailed",
+            "LM Studio",
+            {
+                "qwen2.5-7b-instruct": (GENERATING, 8192),
+                "text-embedding-nomic-embed-text-v1.5": (EMBEDDING, 2048),
+            },
+        ),
+        (
+            "ollama_tags",
+            "Ollama",
+            {"llama3.2:latest": (ALL, None), "nomic-embed-text:latest": (EMBEDDING, None)},
+        ),
+        ("ollama_empty", "Ollama", {}),
+    ],
+)
+def test_a_ready_worker_offers_its_models(name, engine, offered):
+    condition = sample(name)
+    assert condition.ready
+    assert condition.engine == engine
+    assert models(condition) == offered
+
+
+def test_every_sample_is_read_by_some_test():
+    here = Path(__file__).read_text()
+    assert all(f'"{path.stem}"' in here for path in SAMPLES.glob("*.json"))
+
+
+def test_a_llama_cpp_that_loads_is_alive_and_not_ready():
+    condition = sample("llama_cpp_loading")
+    assert (condition.ready, condition.state) == (False, "loading")
+
+
+def test_a_worker_that_lists_nothing_says_what_to_configure():
+    assert '"model"' in sample("mlx_without_hub_cache").detail
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "sentence"),
+    [
+        (401, b"", "api_key"),
+        (404, b"not here", '"type" and "port"'),
+        (500, b'{"error": {"message": "out of\\nmemory"}}', "500: out of memory"),
+        (503, b'{"error": "overloaded"}', "503: overloaded"),
+        (200, b"<html>", "not JSON"),
+        (200, b"[]", 'no list "data"'),
+        (200, b'{"data": {}}', 'no list "data"'),
+        (200, b" " * (MAX_PROBE_BYTES + 1), "longer than"),
+    ],
+)
+def test_an_answer_that_no_worker_gives_fails_the_probe_with_a_sentence(status, body, sentence):
+    with pytest.raises(ProbeFailed, match=sentence):
+        WORKER_TYPES["openai"].read_probe(status, body)
+
+
+def test_names_that_cannot_be_shown_are_left_out_and_counted():
+    names = ["good", "", "a\nb", "x" * (MAX_NAME_CHARACTERS + 1), 7, None]
+    condition = probed("openai", {"data": [{"id": name} for name in names]})
+    assert list(models(condition)) == ["good"]
+    assert condition.detail.startswith("5 models left out")
+
+
+def test_absurdly_many_models_are_cut_and_that_is_said():
+    condition = probed("ollama", {"models": [{"name": f"m{n}"} for n in range(MAX_MODELS + 5)]})
+    assert len(condition.models) == MAX_MODELS
+    assert f"of {MAX_MODELS + 5}" in condition.detail
+
+
+def test_a_model_that_is_listed_twice_is_offered_once():
+    assert len(probed("openai", {"data": [{"id": "m"}, {"id": "m"}]}).models) == 1
+
+
+@pytest.mark.parametrize("tokens", [0, -1, True, "4096", 10**12, 1.5])
+def test_an_impossible_context_length_counts_as_unknown(tokens):
+    assert models(probed("openai", {"data": [{"id": "m", "max_model_len": tokens}]})) == {"m": (ALL, None)}
+
+
+def test_only_an_agent_is_not_probed():
+    assert [name for name, row in WORKER_TYPES.items() if row.probe_path is None] == ["agent"]
+    with pytest.raises(ProbeFailed):
+        WORKER_TYPES["agent"].read_probe(200, b"{}")
+
+
+def test_no_connection_is_kept_to_what_may_be_llama_cpp():
+    kept = {name for name, row in WORKER_TYPES.items() if row.keep_alive}
+    assert kept == {"agent", "ollama"}
+    assert all(row.streams_always for row in WORKER_TYPES.values())
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(
+                ["data", "models", "id", "name", "meta", "n_ctx", "details", "family", "type", "error"]
+            )
+            | st.text(max_size=5),
+            inner,
+            max_size=5,
+        )
+    ),
+    max_leaves=25,
+)
+
+
+@given(
+    name=st.sampled_from(sorted(WORKER_TYPES)),
+    status=st.sampled_from([200, 204, 302, 401, 404, 500, 503]),
+    body=st.binary(max_size=60) | json_values.map(orjson.dumps),
+)
+def test_any_answer_becomes_a_bounded_condition_or_one_failure(name, status, body):
+    try:
+        condition = WORKER_TYPES[name].read_probe(status, body)
+    except ProbeFailed as failure:
+        assert str(failure).isprintable()
+        assert len(str(failure)) < 400
+        return
+    assert all(1 <= len(m.name) <= MAX_NAME_CHARACTERS and m.name.isprintable() for m in condition.models)
+    assert condition.detail.isprintable()

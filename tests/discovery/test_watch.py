@@ -1,0 +1,418 @@
+"""Watching workers, with real HTTP servers on loopback as workers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from balancer.core.model import Condition, Endpoint, Event, Lost, ModelName, Reported, Worker, WorkerId
+from balancer.watch import Watches, WatchPolicy, from_report
+from worker_agent import wire
+
+PATIENCE = 10.0
+"""Seconds after which a test gives up waiting; far above what any of them takes."""
+QUICK = WatchPolicy(
+    interval_seconds=0.02,
+    probe_timeout_seconds=0.4,
+    lost_after_seconds=0.4,
+    first_pause_seconds=0.01,
+    longest_pause_seconds=0.04,
+    report_gap_seconds=0.001,
+)
+READY = wire.Report(
+    id="a", state=wire.EngineState.READY, engine="mlx", models=(wire.ServedModel(name="m"),), slots=2
+)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Room:
+    """Watches with all that they told, and servers that play the workers."""
+
+    def __init__(self, session: aiohttp.ClientSession) -> None:
+        self.events: list[Event] = []
+        self.changed = asyncio.Event()
+        self.runners: list[web.AppRunner] = []
+        self.watches = Watches(tell=self.tell, session=session, policy=QUICK, chance=lambda: 0.5)
+
+    def tell(self, event: Event) -> None:
+        self.events.append(event)
+        self.changed.set()
+
+    async def serve(self, handler: Handler) -> str:
+        app = web.Application()
+        app.router.add_get("/{path:.*}", handler)
+        runner = web.AppRunner(app, shutdown_timeout=0.05, handler_cancellation=True)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        self.runners.append(runner)
+        host, port = runner.addresses[0][:2]
+        return f"http://{host}:{port}"
+
+    async def follow(self, handler: Handler, type_name: str = "agent", **about: object) -> None:
+        url = await self.serve(handler)
+        self.watches.follow(Worker(id=WorkerId("a"), type=type_name, url=url, **about))
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        async with asyncio.timeout(PATIENCE):
+            while not holds():
+                self.changed.clear()
+                await self.changed.wait()
+
+    async def lost(self) -> Lost:
+        await self.until(lambda: bool(self.losses))
+        return self.losses[0]
+
+    async def reported(self, times: int = 1) -> Condition:
+        await self.until(lambda: len(self.reports) >= times)
+        return self.reports[-1].condition
+
+    @property
+    def losses(self) -> list[Lost]:
+        return [event for event in self.events if isinstance(event, Lost)]
+
+    @property
+    def reports(self) -> list[Reported]:
+        return [event for event in self.events if isinstance(event, Reported)]
+
+
+@pytest.fixture
+async def room() -> AsyncIterator[Room]:
+    async with aiohttp.ClientSession() as session:
+        room = Room(session)
+        yield room
+        await room.watches.aclose()
+        for runner in room.runners:
+            await runner.cleanup()
+
+
+def nobody_listens() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+async def stream_of(request: web.Request, *lines: bytes) -> web.StreamResponse:
+    response = web.StreamResponse()
+    await response.prepare(request)
+    for line in lines:
+        await response.write(line)
+    return response
+
+
+async def for_ever() -> None:
+    await asyncio.Event().wait()
+
+
+# Agents ...
+
+
+async def test_an_agent_that_reports_is_reported(room):
+    async def agent(request):
+        assert request.path == wire.REPORT_PATH
+        await stream_of(request, READY.to_line(), READY.to_line())
+        await for_ever()
+
+    await room.follow(agent)
+    assert await room.reported(times=2) == from_report(READY)
+    assert not room.losses
+
+
+async def test_an_agent_that_falls_silent_is_lost_with_what_runs_on_it_and_comes_back(room):
+    streams = 0
+
+    async def agent(request):
+        nonlocal streams
+        streams += 1
+        if streams == 2:
+            await for_ever()  # frozen: the connection stands, nothing comes
+        await stream_of(request, READY.to_line())
+        await for_ever()
+
+    await room.follow(agent)
+    assert await room.lost() == Lost(WorkerId("a"), "no report for 0.4 s", abandon=True)
+    await room.until(lambda: len(room.reports) == 2)
+    assert [type(event) for event in room.events] == [Reported, Lost, Reported]
+
+
+@pytest.mark.parametrize("torn", [True, False])
+async def test_a_stream_that_breaks_is_opened_again_without_losing_the_agent(room, torn):
+    async def agent(request):
+        response = await stream_of(request, READY.to_line())
+        if torn and request.transport is not None:
+            request.transport.abort()
+        return response
+
+    await room.follow(agent)
+    await room.reported(times=4)
+    assert not room.losses
+
+
+async def test_an_agent_that_stops_listening_is_lost_at_once(room):
+    hang_up = asyncio.Event()
+
+    async def agent(request):
+        response = await stream_of(request, READY.to_line())
+        await hang_up.wait()
+        return response
+
+    await room.follow(agent)
+    await room.reported()
+    hang_up.set()
+    await room.runners[0].cleanup()
+    lost = await room.lost()
+    assert lost.abandon
+    assert "connection refused" in lost.reason
+
+
+async def test_an_agent_that_never_answered_is_lost_too_so_that_somebody_sees_why(room):
+    room.watches.follow(Worker(id=WorkerId("a"), type="agent", url=nobody_listens()))
+    assert "connection refused" in (await room.lost()).reason
+
+
+async def test_a_stream_that_ends_before_any_report_is_no_stream(room):
+    await room.follow(stream_of)
+    assert (await room.lost()).reason == "it ended its report stream"
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (READY.model_copy(update={"id": "b"}).to_line(), 'calls itself "b", not "a"'),
+        (READY.model_copy(update={"wire": 99}).to_line(), "wire version 99"),
+        (b"not json\n", "not JSON"),
+        (b"x" * (wire.MAX_REPORT_BYTES * 3), "not usable|speak HTTP"),
+    ],
+)
+async def test_a_report_that_is_not_usable_is_told_once_however_often_it_comes(room, line, reason):
+    streams = 0
+
+    async def agent(request):
+        nonlocal streams
+        streams += 1
+        if streams == 5:
+            room.changed.set()
+        await stream_of(request, line)
+        await for_ever()
+
+    await room.follow(agent)
+    assert re.search(reason, (await room.lost()).reason)
+    await room.until(lambda: streams >= 5)
+    assert len(room.losses) == 1
+    assert not room.reports
+
+
+async def test_an_agent_that_refuses_us_says_where_to_look(room):
+    async def agent(request):
+        return web.Response(status=401)
+
+    await room.follow(agent)
+    assert "401: check the cluster key" in (await room.lost()).reason
+
+
+async def test_a_mad_agent_is_read_no_faster_than_the_policy_says(room):
+    async def agent(request):
+        response = await stream_of(request)
+        with contextlib.suppress(ConnectionError):
+            while True:
+                await response.write(READY.to_line() * 100)
+
+    loop = asyncio.get_running_loop()
+    await room.follow(agent)
+    await room.reported()
+    began, before = loop.time(), len(room.reports)
+    await room.reported(times=before + 50)
+    # 50 gaps of 1 ms; without them some thousand lines are there at once.
+    assert loop.time() - began >= 50 * QUICK.report_gap_seconds * 0.9
+
+
+async def test_forgetting_a_worker_hangs_up_and_nothing_more_is_told(room):
+    left = asyncio.Event()
+
+    async def agent(request):
+        response = await stream_of(request)
+        try:
+            while True:
+                await response.write(READY.to_line())
+                await asyncio.sleep(0.001)
+        finally:
+            left.set()
+
+    await room.follow(agent)
+    await room.reported()
+    room.watches.forget(WorkerId("a"))
+    told = len(room.events)
+    async with asyncio.timeout(PATIENCE):
+        await left.wait()
+    await room.watches.aclose()
+    assert len(room.events) == told
+
+
+async def test_following_anew_replaces_the_watch(room):
+    asked = []
+
+    def agent(name):
+        async def answer(request):
+            asked.append((name, request.headers.get("X-Key")))
+            room.changed.set()
+            await stream_of(request, READY.to_line())
+            await for_ever()
+
+        return answer
+
+    await room.follow(agent("old"))
+    await room.reported()
+    url = await room.serve(agent("new"))
+    room.watches.follow(Worker(id=WorkerId("a"), type="agent", url=url), {"X-Key": "k"})
+    await room.until(lambda: len(asked) == 2)
+    await room.reported(times=2)
+    assert asked == [("old", None), ("new", "k")]
+    assert not room.losses
+
+
+async def test_closing_ends_every_watch(room):
+    await room.follow(stream_of)
+    await room.follow(stream_of)
+    await room.lost()
+    await room.watches.aclose()
+    assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("watch ")]
+
+
+async def test_only_changes_are_logged(room, caplog):
+    caplog.set_level(logging.INFO, "balancer.watch")
+
+    async def agent(request):
+        await stream_of(request, *[READY.to_line()] * 20)
+        await for_ever()
+
+    await room.follow(agent)
+    await room.reported(times=20)
+    await room.lost()
+    texts = [record.getMessage() for record in caplog.records if record.name == "balancer.watch"]
+    assert len(texts) == 2
+    assert "answers" in texts[0]
+    assert "is lost: no report" in texts[1]
+
+
+def test_a_report_becomes_a_condition_in_the_words_of_the_core():
+    report = READY.model_copy(
+        update={
+            "models": (wire.ServedModel(name="m", context_tokens=9, paths=("/v1/embeddings", "/x")),),
+            "detail": "d",
+            "hardware": "h",
+            "advice": ("more memory",),
+        }
+    )
+    condition = from_report(report)
+    assert [(m.name, m.endpoints, m.context_tokens) for m in condition.models] == [
+        ("m", {Endpoint.EMBEDDINGS}, 9)
+    ]
+    assert (condition.slots, condition.engine, condition.state, condition.ready) == (2, "mlx", "ready", True)
+    assert (condition.detail, condition.hardware, condition.advice) == ("d", "h", ("more memory",))
+
+
+@pytest.mark.parametrize("state", [state for state in wire.EngineState if state != "ready"])
+def test_only_an_agent_whose_engine_is_ready_is_ready(state):
+    assert not from_report(READY.model_copy(update={"state": state})).ready
+
+
+# All others ...
+
+MODELS = {"data": [{"id": "m", "max_model_len": 100}]}
+
+
+async def test_a_worker_without_an_agent_is_asked_at_once_and_then_again(room):
+    asked = []
+
+    async def openai(request):
+        asked.append((request.path, request.headers.get("Connection")))
+        return web.json_response(MODELS)
+
+    await room.follow(openai, "openai")
+    condition = await room.reported(times=3)
+    assert [(m.name, m.context_tokens) for m in condition.models] == [("m", 100)]
+    assert asked[0] == ("/v1/models", "close")
+
+
+async def test_the_key_of_a_worker_goes_with_the_probe(room):
+    async def openai(request):
+        assert request.headers["Authorization"] == "Bearer k"
+        return web.json_response(MODELS)
+
+    url = await room.serve(openai)
+    room.watches.follow(Worker(id=WorkerId("a"), type="openai", url=url), {"Authorization": "Bearer k"})
+    await room.reported()
+
+
+async def test_one_failed_probe_is_forgiven_two_in_a_row_are_not(room):
+    answers = iter([200, 500, 200, 500, 500, 200])
+
+    async def openai(request):
+        return web.json_response(MODELS, status=next(answers, 200))
+
+    await room.follow(openai, "openai")
+    await room.reported(times=3)
+    assert [type(event) for event in room.events[:4]] == [Reported, Reported, Lost, Reported]
+    assert room.losses == [Lost(WorkerId("a"), "it answered /v1/models with status 500", abandon=False)]
+
+
+async def test_a_refused_connection_needs_no_second_probe(room):
+    room.watches.follow(Worker(id=WorkerId("a"), type="ollama", url=nobody_listens()))
+    lost = await room.lost()
+    assert (lost.reason, lost.abandon) == ("connection refused: nothing listens there", False)
+
+
+async def test_a_probe_has_a_time_limit_over_all_of_its_answer(room):
+    async def trickling(request):
+        response = await stream_of(request)
+        while True:
+            await response.write(b" ")
+            await asyncio.sleep(0.05)
+
+    await room.follow(trickling, "ollama")
+    assert (await room.lost()).reason == "no answer to /api/tags within 0.4 s"
+
+
+async def test_an_endless_answer_is_cut_off(room):
+    async def endless(request):
+        response = await stream_of(request)
+        with contextlib.suppress(ConnectionError):
+            while True:
+                await response.write(b" " * 65536)
+
+    await room.follow(endless, "openai")
+    assert "longer than" in (await room.lost()).reason
+
+
+async def test_a_redirect_is_not_followed(room):
+    async def elsewhere(request):
+        assert request.path == "/v1/models"
+        raise web.HTTPFound("/evil")
+
+    await room.follow(elsewhere, "openai")
+    assert "status 302" in (await room.lost()).reason
+
+
+async def test_a_worker_that_loads_its_model_is_alive(room):
+    async def llama_cpp(request):
+        return web.json_response({"error": {"message": "Loading model"}}, status=503)
+
+    await room.follow(llama_cpp, "openai")
+    condition = await room.reported(times=2)
+    assert (condition.ready, condition.state) == (False, "loading")
+
+
+async def test_a_worker_that_lists_nothing_offers_the_model_it_is_configured_for(room):
+    async def mlx(request):
+        return web.Response()
+
+    await room.follow(mlx, "openai", only=frozenset({ModelName("mlx-model")}))
+    assert [model.name for model in (await room.reported()).models] == ["mlx-model"]
