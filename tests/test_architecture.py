@@ -1,0 +1,173 @@
+"""What the layout promises, held by a machine: which way imports point, and what is pure.
+
+Every module has a row in MAY_IMPORT (its own, or its package's); a new one without fails here.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("balancer", "worker_agent")
+
+MAY_IMPORT: dict[str, set[str]] = {
+    # The core decides, the dialects translate; they know nothing of those who call them.
+    "balancer": set(),
+    "balancer.core": set(),
+    "balancer.dialects": {"balancer.core"},
+    "balancer.worker_types": {"balancer.core"},
+    # The shell performs.
+    "balancer.upstream": set(),
+    "balancer.leases": {"balancer.core"},
+    "balancer.relay": {
+        "balancer.core",
+        "balancer.dialects",
+        "balancer.upstream",
+        "balancer.worker_types",
+        "worker_agent.wire",
+    },
+    "balancer.journey": {"balancer.core", "balancer.dialects", "balancer.leases", "balancer.relay"},
+    "balancer.watch": {"balancer.core", "balancer.worker_types", "worker_agent.wire"},
+    "balancer.discovery": {"balancer.core", "worker_agent.wire"},
+    "balancer.metrics": {"balancer.core"},
+    "balancer.front": {
+        "balancer.core",
+        "balancer.dialects",
+        "balancer.journey",
+        "balancer.metrics",
+        "worker_agent.sources",
+        "worker_agent.wire",
+    },
+    # Configuration.
+    "balancer.config_file": {"balancer.core", "balancer.worker_types"},
+    "balancer.settings": {"balancer.config_file", "balancer.discovery"},
+    "balancer.package_data": set(),
+    # A batch has no way of its own to a worker: it asks the endpoint, as any client does.
+    "balancer.batch": {"balancer.package_data"},
+    # Only these build things, and only they know the settings.
+    "balancer.app": {"balancer", "worker_agent.sources", "worker_agent.wire"},
+    "balancer.up": {"balancer.app", "balancer.core", "worker_agent.sources"},
+    "balancer.__main__": {"balancer"},
+    # The agent never imports the balancer.
+    "worker_agent": {"worker_agent"},
+    "worker_agent.wire": set(),
+    "worker_agent.sources": set(),
+    "worker_agent.guard": set(),
+    "worker_agent.supervision": {"worker_agent.wire"},
+    "worker_agent.engines": {"worker_agent.hardware", "worker_agent.wire"},
+}
+
+MAY_READ_SETTINGS = {"balancer.app", "balancer.__main__", "worker_agent.app", "worker_agent.__main__"}
+
+PURE = {
+    "balancer.core",
+    "balancer.dialects",
+    "balancer.worker_types",
+    "worker_agent.wire",
+    "worker_agent.sources",
+    "worker_agent.supervision",
+    "worker_agent.engines",
+}
+NOT_PURE = {"worker_agent.engines.llama_cpp_runner"}
+"""Runs as a process of its own: it is the engine, not a part of the table."""
+
+CLOCKS_LOOPS_NETWORK_FILES_LOGGERS_AND_DICE = {
+    "aiohttp", "asyncio", "datetime", "http", "httptools", "io", "logging", "multiprocessing", "os",
+    "pathlib", "psutil", "random", "secrets", "select", "selectors", "shutil", "signal", "socket", "ssl",
+    "subprocess", "tempfile", "threading", "time", "urllib", "uuid", "uvloop", "zeroconf",
+}  # fmt: skip
+
+BANNED_NAMES = {"utils", "util", "helpers", "helper", "manager", "common", "misc"}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that is named in an import, wherever in the file it stands."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            name = node.module or ""
+            # `from balancer import up` names a module, `from balancer.up import welcome` something in one.
+            found |= {
+                f"{name}.{alias.name}" if f"{name}.{alias.name}" in MODULES else name for alias in node.names
+            }
+    return found
+
+
+def row_for(module: str) -> str | None:
+    """The most specific row: the module's own, else its package's."""
+    name = module
+    while name:
+        if name in MAY_IMPORT and (name == module or name not in PACKAGES):
+            return name
+        name = name.rpartition(".")[0]
+    return "worker_agent" if module.startswith("worker_agent") else None
+
+
+def within(module: str, prefixes: set[str]) -> bool:
+    return any(module == prefix or module.startswith(prefix + ".") for prefix in prefixes)
+
+
+MODULES = modules()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_the_agreed_way(module):
+    row = row_for(module)
+    assert row is not None, f"{module} has no row in MAY_IMPORT: say what it may know"
+    ours = {name for name in imports(MODULES[module]) if within(name, set(PACKAGES))}
+    wrong = {name for name in ours if not within(name, MAY_IMPORT[row] | {row})}
+    assert not wrong, f"{module} may not import {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if within(name, PURE) and name not in NOT_PURE])
+def test_what_decides_asks_no_clock_no_network_and_no_dice(module):
+    roots = {name.partition(".")[0] for name in imports(MODULES[module])}
+    assert not roots & CLOCKS_LOOPS_NETWORK_FILES_LOGGERS_AND_DICE
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_those_who_build_read_the_settings(module):
+    if module not in MAY_READ_SETTINGS:
+        settings = {"balancer.settings", "worker_agent.settings"} - {module}
+        assert not imports(MODULES[module]) & settings
+
+
+def test_every_row_is_about_something():
+    assert not [row for row in MAY_IMPORT if row not in MODULES]
+
+
+def test_files_are_named_for_their_subject():
+    assert not [name for name in MODULES if name.rpartition(".")[2] in BANNED_NAMES]
+
+
+def test_the_agents_contract_is_all_that_the_balancer_knows_of_it():
+    known = {
+        name for module, path in MODULES.items() if module.startswith("balancer") for name in imports(path)
+    }
+    assert {name for name in known if name.startswith("worker_agent")} <= {
+        "worker_agent.wire",
+        "worker_agent.sources",
+    }
+
+
+def test_pure_parts_need_no_more_than_the_libraries_that_parse():
+    allowed = {"orjson", "pydantic"} | set(sys.stdlib_module_names) | set(PACKAGES)
+    for module in MODULES:
+        if within(module, PURE) and module not in NOT_PURE:
+            assert {name.partition(".")[0] for name in imports(MODULES[module])} <= allowed, module
