@@ -6,7 +6,7 @@ The dispatcher owns one `Fleet` and is the only one to change it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from balancer.core.breaker import Breaker, BreakerPolicy
 from balancer.core.estimates import Window
@@ -123,6 +123,9 @@ class Fleet:
             return None
         if member.lost is not None:
             member.breaker = member.breaker.returned(now)
+        if not condition.ready and not condition.models and member.condition is not None:
+            # It loads, and says no more: what it served it will most likely serve again.
+            condition = replace(condition, models=member.condition.models)
         offers_changed = member.condition is None or member.condition.models != condition.models
         member.condition, member.lost, member.heard = condition, None, True
         if offers_changed:

@@ -264,6 +264,13 @@ def test_a_loading_worker_gets_nothing():
     assert room.arrive(1) == []
 
 
+def test_a_worker_that_loads_again_is_waited_for():
+    room = Room().with_worker("a", "m")
+    room.tell(Reported(WorkerId("a"), condition(ready=False)))
+    assert room.arrive(1) == []
+    assert granted(room.tell(Reported(WorkerId("a"), condition("m")))) == [(1, "a")]
+
+
 def test_a_slower_worker_with_equal_room_is_picked_less():
     room = Room().with_worker("fast", "m", cap=99).with_worker("slow", "m", cap=99)
     counts = {"fast": 0, "slow": 0}
