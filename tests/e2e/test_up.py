@@ -137,7 +137,7 @@ async def test_a_paper_batch_makes_reports_and_a_second_run_asks_nothing(tmp_pat
                 ("short.txt", "completed"),
             ]
             assert rows[1]["answers"]["gist"].strip()
-            assert "gist" in (out / "short.md").read_text()
+            assert "## Gist" in (out / "short.md").read_text()
             answered = re.findall(r"/v1/chat/completions smollm2-135m-instruct 200", running.text())
             assert len(answered) == 1
         running.look()

@@ -1,0 +1,107 @@
+"""A balancer over two real agents with real engines: one is killed, clients leave, nothing shows it."""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.e2e.conftest import OpenRoom, Room
+from tests.e2e.processes import Command, command
+
+pytestmark = pytest.mark.real_engine
+
+MODEL = "smollm2-135m-instruct"
+QUESTION = [{"role": "user", "content": "Name three trees."}]
+
+
+@asynccontextmanager
+async def agent(room: Room, tmp_path: Path, name: str, *more: str) -> AsyncIterator[Command]:
+    """An agent with a real engine of one thread, which has joined the room and is ready."""
+    words = (
+        *("worker_agent", "run", "--id", name, "--host", "127.0.0.1", "--port", "0", "--no-mdns"),
+        *("--balancer", room.url, "--data-dir", str(tmp_path / name), "--threads", "1"),
+        *("--slots", "2", "--context-tokens", "2048", *more),
+    )
+    async with command(*words, output=tmp_path / f"{name}.log", home=tmp_path) as running:
+        await room.until(
+            lambda: any(
+                view.worker.id == name and view.state == "ready" for view in room.balancer.snapshot().workers
+            ),
+            f"{name} is ready",
+        )
+        running.look()
+        yield running
+
+
+async def test_an_agent_killed_during_twenty_requests_costs_no_answer(open_room: OpenRoom, tmp_path):
+    async with open_room() as room, agent(room, tmp_path, "doomed") as doomed, agent(room, tmp_path, "other"):
+        asked = [
+            asyncio.ensure_future(
+                room.openai.chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=16)
+            )
+            for _ in range(20)
+        ]
+        await room.until(lambda: room.worker("doomed").running == 2, "the doomed one is at work")
+        doomed.send(signal.SIGKILL)
+        answers = await asyncio.gather(*asked)
+        assert len(answers) == 20
+        assert all(answer.choices[0].message.content for answer in answers)
+        assert {answer.choices[0].finish_reason for answer in answers} <= {"stop", "length"}
+        await room.idle()
+        assert room.worker("doomed").state == "lost"
+        await doomed.until_nothing_is_left()
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+async def test_a_client_that_leaves_stops_the_real_engine(open_room: OpenRoom, tmp_path, stream: bool):
+    """Asked for 1,500 tokens, which take this engine half a minute and more; idle long before."""
+    async with open_room() as room, agent(room, tmp_path, "one") as running:
+        engine = running.engine()
+        body = {
+            "model": MODEL,
+            "messages": [{"role": "user", "content": "Write a very long story about a tree."}],
+            "max_tokens": 1500,
+            "stream": stream,
+        }
+
+        async def ask() -> None:
+            async with room.http.post(f"{room.url}/v1/chat/completions", json=body) as response:
+                async for _ in response.content:
+                    pass
+
+        asking = asyncio.ensure_future(ask())
+        await room.until(lambda: room.worker("one").running == 1, "the request runs")
+        await until_busy(engine, room)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        await room.idle()
+        await until_quiet(engine, room)
+        # The slot is free for the next one, which is answered.
+        answer = await room.openai.chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=4)
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens <= 4
+
+
+async def until_busy(engine: psutil.Process, room: Room) -> None:
+    before = spent(engine)
+    await room.until(lambda: spent(engine) > before + 0.3, "the engine computes")
+
+
+async def until_quiet(engine: psutil.Process, room: Room) -> None:
+    """The engine computes no more: its processor time stands still for half a second."""
+    async with asyncio.timeout(10):
+        while True:
+            before = spent(engine)
+            await asyncio.sleep(0.5)  # the span over which it is measured, not a hope
+            if spent(engine) - before < 0.05:
+                return
+
+
+def spent(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
