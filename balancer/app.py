@@ -9,6 +9,7 @@ import random
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
+from ipaddress import ip_network
 
 import aiohttp
 from aiohttp import web
@@ -20,7 +21,7 @@ from balancer.core.errors import Conflict
 from balancer.core.model import Event, Served, Worker, WorkerId
 from balancer.core.placement import PlacementPolicy
 from balancer.core.retry import RetryPolicy
-from balancer.discovery import Browser, NotAdmitted, Roster
+from balancer.discovery import Browser, NotAdmitted, Roster, own_interfaces
 from balancer.front import Front, FrontPolicy
 from balancer.journey import Journey, JourneyPolicy, Observer
 from balancer.leases import TICK_SECONDS, Leases
@@ -29,6 +30,7 @@ from balancer.relay import Relay
 from balancer.settings import Settings
 from balancer.upstream import TimeoutPolicy, Upstream
 from balancer.watch import Watches, WatchPolicy
+from worker_agent.sources import Network, Sources
 from worker_agent.wire import Join
 
 log = logging.getLogger(__name__)
@@ -116,7 +118,10 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
         )
         front = Front(
             journey,
-            FrontPolicy(max_body_bytes=settings.max_body_mib * 1024 * 1024),
+            FrontPolicy(
+                max_body_bytes=settings.max_body_mib * 1024 * 1024,
+                sources=Sources((*settings.allow_networks, *own_addresses())),
+            ),
             snapshot=leases.snapshot,
             join=join,
             metrics=metrics,
@@ -192,6 +197,11 @@ async def _drain(site: web.TCPSite, leases: Leases, seconds: float) -> None:
         if not room.running and not room.waiting:
             return
         await asyncio.sleep(DRAIN_LOOK_SECONDS)
+
+
+def own_addresses() -> tuple[Network, ...]:
+    """This machine's own addresses, which may be public ones: it may always ask itself."""
+    return tuple(ip_network(interface.ip) for interface in own_interfaces())
 
 
 def _watch_session(settings: Settings) -> aiohttp.ClientSession:

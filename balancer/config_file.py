@@ -32,9 +32,11 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import ErrorDetails
+from pydantic_settings import NoDecode
 
 from balancer.core.model import ModelName, Worker, WorkerId
 from balancer.worker_types import DEFAULT_TYPE, WORKER_TYPES
+from worker_agent.sources import Network, parse_networks
 
 MAX_FILE_BYTES = 1024 * 1024
 MAX_DEPTH = 32  # the schema needs four levels; the bound keeps hostile nesting off our own stack
@@ -237,6 +239,13 @@ class Tunables(_Strict):
     """Where batches and files are kept; null: the platform's place under the home directory."""
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_capital)] = "INFO"
     """The least that is logged."""
+    allow_networks: Annotated[
+        tuple[Network, ...],
+        NoDecode,
+        BeforeValidator(parse_networks),
+        WithJsonSchema({"type": "array", "items": {"type": "string"}}),
+    ] = ()
+    """Served beside private addresses, such as a campus network: 131.1.0.0/16."""
     enable_metrics: bool = True
     """Serve /metrics for Prometheus."""
     mdns: bool = True

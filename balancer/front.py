@@ -10,7 +10,7 @@ import math
 import re
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import orjson
 from aiohttp import web
@@ -32,7 +32,7 @@ from balancer.dialects import openai
 from balancer.dialects.framing import event
 from balancer.journey import ClientLeft, Journey, Story
 from balancer.metrics import CONTENT_TYPE, Metrics
-from worker_agent.sources import is_private
+from worker_agent.sources import Sources
 from worker_agent.wire import JOIN_PATH, REQUEST_ID_HEADER, Join, WireError, parse_join
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,8 @@ class FrontPolicy:
     max_body_bytes: int = 32 * 1024 * 1024
     body_seconds: float = 30.0
     """For the whole body to arrive, once the head has."""
+    sources: Sources = field(default_factory=Sources)
+    """Who is served at all."""
 
 
 class Front:
@@ -71,7 +73,7 @@ class Front:
         self._metrics = metrics
 
     def application(self) -> web.Application:
-        app = web.Application(client_max_size=self._policy.max_body_bytes, middlewares=[_guarded])
+        app = web.Application(client_max_size=self._policy.max_body_bytes, middlewares=[self._guarded])
         for endpoint in Endpoint:
             app.router.add_post(endpoint.value, self._inference(endpoint))
         app.router.add_get("/v1/models", self._models)
@@ -81,6 +83,35 @@ class Front:
         app.router.add_get("/metrics", self._scrape)
         app.router.add_post(JOIN_PATH, self._joining)
         return app
+
+    @web.middleware
+    async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Who may ask at all, and every error in the form that clients read."""
+        try:
+            if request.remote is not None and not self._policy.sources.admit(request.remote):
+                raise Forbidden(
+                    f"{request.remote} is no private address. To have its network served, name it in the "
+                    "balancer's setting allow_networks."
+                )
+            return await handler(request)
+        except RequestError as error:
+            return _refusal(request, error)
+        except web.HTTPNotFound:
+            return _refusal(request, NotFound(f"There is no {request.path} here; GET /v1/models is a start."))
+        except web.HTTPMethodNotAllowed as error:
+            allowed = ", ".join(sorted(error.allowed_methods))
+            refusal = _refusal(request, MethodNotAllowed(f"{request.path} takes {allowed}."))
+            refusal.headers["Allow"] = allowed
+            return refusal
+        except (ClientLeft, ConnectionError):
+            raise asyncio.CancelledError from None  # nobody is left to be answered
+        except web.HTTPException:
+            raise
+        except Exception:
+            log.exception(
+                "a defect of the balancer, in answering %s %s", request.method, request.rel_url.path
+            )
+            return _refusal(request, RequestError("The balancer failed; its log says where."))
 
     # Inference
 
@@ -203,33 +234,6 @@ class _EventStream:
                 await self.response.write(data)
             except ConnectionError as error:
                 raise ClientLeft from error
-
-
-@web.middleware
-async def _guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Who may ask at all, and every error in the form that clients read."""
-    try:
-        if request.remote is not None and not is_private(request.remote):
-            raise Forbidden(
-                f"This endpoint serves private networks only; {request.remote} is a public address."
-            )
-        return await handler(request)
-    except RequestError as error:
-        return _refusal(request, error)
-    except web.HTTPNotFound:
-        return _refusal(request, NotFound(f"There is no {request.path} here; GET /v1/models is a start."))
-    except web.HTTPMethodNotAllowed as error:
-        allowed = ", ".join(sorted(error.allowed_methods))
-        refusal = _refusal(request, MethodNotAllowed(f"{request.path} takes {allowed}."))
-        refusal.headers["Allow"] = allowed
-        return refusal
-    except (ClientLeft, ConnectionError):
-        raise asyncio.CancelledError from None  # nobody is left to be answered
-    except web.HTTPException:
-        raise
-    except Exception:
-        log.exception("a defect of the balancer, in answering %s %s", request.method, request.rel_url.path)
-        return _refusal(request, RequestError("The balancer failed; its log says where."))
 
 
 def _refusal(request: web.Request, error: RequestError) -> web.Response:

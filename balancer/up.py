@@ -210,4 +210,4 @@ def _is_lan(text: str) -> bool:
         address = ipaddress.IPv4Address(text)
     except ValueError:
         return False
-    return address.is_private and not (address.is_loopback or address.is_link_local)
+    return not (address.is_loopback or address.is_link_local)

@@ -16,7 +16,6 @@ from typing import Self
 
 import aiohttp
 
-
 LARGE_BODY_BYTES = 256 * 1024
 
 

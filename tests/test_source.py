@@ -42,8 +42,8 @@ def test_no_file_names_a_package_registry_or_a_private_path():
 
 def test_the_top_level_holds_what_was_agreed():
     agreed = {
-        "pyproject.toml", "uv.lock", "balancer", "worker_agent", "configs", "tests", "benchmarks", "README.md",
-        "LICENSE", "CHANGELOG.md", "docs",
+        "pyproject.toml", "uv.lock", "balancer", "worker_agent", "configs", "tests", "benchmarks",
+        "README.md", "LICENSE", "CHANGELOG.md", "docs",
     }  # fmt: skip
     there = {path.relative_to(ROOT).parts[0] for path in tracked()}
     assert {name for name in there if not name.startswith(".")} <= agreed

@@ -80,7 +80,7 @@ _M = TypeVar("_M", bound=_Message)
 
 
 class ServedModel(_Message):
-    """One model that can be asked for by `name` right now."""
+    """One model that can be asked for by `name`."""
 
     name: Word
     context_tokens: int | None = Field(default=None, ge=1, le=100_000_000)
@@ -99,7 +99,8 @@ class Report(_Message):
     engine: Word
     """`llama.cpp`, `mlx` or `vllm`."""
     models: tuple[ServedModel, ...] = Field(default=(), max_length=256)
-    """Empty unless the state is READY."""
+    """What it serves while READY; in any other state what it will serve again, so that requests for it can
+    wait. An agent knows its model before the engine has loaded it."""
     slots: int = Field(ge=1, le=4096)
     """How many requests the engine works on at once."""
     running: int = Field(default=0, ge=0, le=100_000)
@@ -166,7 +167,8 @@ def _parse(kind: type[_M], data: bytes) -> _M:
     except orjson.JSONDecodeError as error:
         raise WireError(f"not JSON: {error.msg} at byte {error.pos}") from None
     if isinstance(fields, dict) and fields.get("wire", WIRE_VERSION) != WIRE_VERSION:
-        raise WireError(f"it speaks wire version {str(fields['wire'])[:16]}, this side {WIRE_VERSION}: update the older one")
+        theirs = str(fields["wire"])[:16]
+        raise WireError(f"it speaks wire version {theirs}, this side {WIRE_VERSION}: update the older one")
     try:
         return kind.model_validate(fields)
     except ValidationError as error:

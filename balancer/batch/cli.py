@@ -10,6 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
+from balancer import config_file
 from balancer.batch import client, journal, papers, progress
 from balancer.batch.client import EndpointError, OfferedModel
 from balancer.batch.journal import JournalError
@@ -17,6 +18,7 @@ from balancer.batch.papers import PaperFault
 from balancer.batch.presets import Preset, PresetError, Shelf, own_folder, read
 from balancer.batch.report import Row
 from balancer.batch.run import JOURNAL, RESULTS, Job, Run
+from balancer.config_file import ConfigFaults, ConfigFile
 
 SOME_FAILED, CANNOT_RUN, INTERRUPTED = 1, 2, 130
 
@@ -48,8 +50,15 @@ def run(
     model: Annotated[str | None, typer.Option(help="Needed where several models are served.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Papers at the same time.")] = 4,
     max_requests: Annotated[
-        int, typer.Option(min=1, envvar="MAX_CONCURRENT_BATCH", help="Requests in flight at most.")
-    ] = 50,
+        int | None,
+        typer.Option(
+            min=1, envvar="MAX_CONCURRENT_BATCH", help="Requests in flight at most; default 50.", metavar="N"
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The balancer's JSON file, for its max_concurrent_batch."),
+    ] = None,
     api_key: Annotated[str | None, typer.Option(envvar="BALANCER_API_KEY", show_envvar=True)] = None,
     presets_folder: _PresetsFolder = None,
 ) -> None:
@@ -59,6 +68,8 @@ def run(
     """
     console = Console()
     try:
+        if max_requests is None:
+            max_requests = (ConfigFile() if config is None else config_file.read(config)).max_concurrent_batch
         chosen = _shelf(presets_folder).get(preset)
         meant = papers.expand(files, out=out)
         if not meant:
@@ -84,7 +95,7 @@ def run(
             err=True,
         )
         raise typer.Exit(INTERRUPTED) from None
-    except (PresetError, PaperFault, EndpointError, JournalError) as error:
+    except (ConfigFaults, PresetError, PaperFault, EndpointError, JournalError) as error:
         _stop(str(error))
     except OSError as error:
         _stop(f"{error}. Every answer so far is kept; run again when this is put right.")

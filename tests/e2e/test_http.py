@@ -1,6 +1,7 @@
 """The HTTP front: wrong requests, limits, the routes beside inference."""
 
 import asyncio
+import functools
 import io
 import json
 import socket
@@ -8,9 +9,12 @@ import socket
 import openai
 import pytest
 
+from balancer import app
+from balancer.settings import load
 from tests.e2e.conftest import OpenRoom, Room
 from tests.fakes.engine import FakeEngine
 from tests.fakes.faults import Fault
+from worker_agent.sources import Sources
 
 BODY = {"model": "fake", "messages": [{"role": "user", "content": "Name some trees."}]}
 CHAT = "/v1/chat/completions"
@@ -152,9 +156,7 @@ async def test_no_prompt_and_no_answer_is_logged_or_measured(open_room: OpenRoom
 
 
 async def test_a_body_that_does_not_come_is_not_waited_for_forever(open_room: OpenRoom, monkeypatch):
-    from balancer import front
-
-    monkeypatch.setattr(front.FrontPolicy.__init__, "__defaults__", (32 * 1024 * 1024, 0.2))
+    monkeypatch.setattr(app, "FrontPolicy", functools.partial(app.FrontPolicy, body_seconds=0.2))
     async with FakeEngine() as engine, open_room(engine) as room:
         reader, writer = await asyncio.open_connection("127.0.0.1", room.balancer.port)
         head = ("POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json")
@@ -165,15 +167,12 @@ async def test_a_body_that_does_not_come_is_not_waited_for_forever(open_room: Op
 
 
 async def test_a_port_that_is_taken_is_said_plainly(open_room: OpenRoom, tmp_path):
-    from balancer.app import PortTaken, running
-    from balancer.settings import load
-
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         flags = {"host": "127.0.0.1", "port": taken.getsockname()[1], "mdns": False, "data_dir": tmp_path}
-        with pytest.raises(PortTaken, match="--port"):
-            async with running(load(None, flags)):
+        with pytest.raises(app.PortTaken, match="--port"):
+            async with app.running(load(None, flags)):
                 pass
 
 
@@ -184,9 +183,7 @@ async def test_an_agents_join_is_checked(open_room: OpenRoom):
 
 
 async def test_public_addresses_are_turned_away(open_room: OpenRoom, monkeypatch):
-    from balancer import front
-
-    monkeypatch.setattr(front, "is_private", lambda address: False)
+    monkeypatch.setattr(Sources, "admit", lambda self, address: False)
     async with FakeEngine() as engine, open_room(engine) as room:
         status, error = await post(room, json.dumps(BODY).encode())
         assert (status, error["code"]) == (403, "source_not_allowed")

@@ -1,0 +1,80 @@
+"""A tiny engine for tests of supervision: misbehaves on demand. Standard library only.
+
+    fake_engine.py PORT STARTS_FILE MODE
+
+Appends its process id to STARTS_FILE at each start. MODE: `serve`, `serve-once` (ends with code 3 on its
+first start only), `exit` (code 3, with last words), `mute` (alive, loading for ever), `stubborn` (serves,
+ignores SIGTERM), `parent` (serves, and has a child of its own), `elsewhere` (alive, but does not listen at
+all), `closing` (serves until it is asked to GET /close, then listens no more, alive all the same).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class Handler(BaseHTTPRequestHandler):
+    mode = "serve"
+
+    def answer(self, status: int, body: object) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self) -> None:
+        if self.path == "/close":
+            self.answer(200, {})
+            threading.Thread(target=stop_listening, args=(self.server,)).start()
+        elif self.path == "/health":
+            self.answer(503 if self.mode == "mute" else 200, {})
+        elif self.headers.get("Authorization") != f"Bearer {os.environ.get('FAKE_KEY')}":
+            self.answer(401, {})
+        else:
+            self.answer(200, {"data": [{"id": "fake", "context": 512}]})
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer(200, {"choices": [{"message": {"role": "assistant", "content": "o"}}]})
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def stop_listening(server: object) -> None:
+    assert isinstance(server, ThreadingHTTPServer)
+    server.shutdown()
+    server.server_close()
+
+
+def main(port: int, starts: str, mode: str) -> None:
+    with open(starts, "a", encoding="ascii") as file:
+        file.write(f"{os.getpid()}\n")
+    with open(starts, encoding="ascii") as file:
+        first = len(file.readlines()) == 1
+    if mode == "exit" or (mode == "serve-once" and first):
+        print("the model file is broken", file=sys.stderr, flush=True)
+        sys.exit(3)
+    if mode == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if mode == "parent":
+        with open(starts + ".child", "w", encoding="ascii") as file:
+            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+            file.write(str(child.pid))
+    if mode != "elsewhere":
+        Handler.mode = mode
+        ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+    while True:
+        signal.pause()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])

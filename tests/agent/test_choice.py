@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker_agent.engines import ENGINES
+from worker_agent.engines.choice import Choice, Installed, NoChoice, Wish, choose
+from worker_agent.hardware import Gpu, Hardware
+
+GIB = 2**30
+LINUX = Hardware(system="Linux", architecture="x86_64", cores=8, memory_bytes=16 * GIB)
+RTX_4090 = Gpu("NVIDIA GeForce RTX 4090", 24564 * 2**20)
+GPU_BOX = Hardware(system="Linux", architecture="x86_64", cores=16, memory_bytes=64 * GIB, gpus=(RTX_4090,))
+MAC = Hardware(system="Darwin", architecture="arm64", cores=8, memory_bytes=16 * GIB, apple_chip="Apple M2")
+QUICKSTART = Installed(xllamacpp=True, embedded_model="/site-packages/small.gguf")
+
+
+def test_a_plain_machine_serves_the_embedded_model_with_llama_cpp() -> None:
+    choice = choose(LINUX, QUICKSTART, Wish())
+    assert (choice.engine.name, choice.model, choice.name) == (
+        "llama.cpp",
+        "/site-packages/small.gguf",
+        "smollm2-135m-instruct",
+    )
+
+
+def test_a_gpu_box_without_vllm_works_at_once_and_is_told_the_command_that_does_better() -> None:
+    choice = choose(GPU_BOX, QUICKSTART, Wish())
+    assert choice.engine.name == "llama.cpp"
+    assert choice.advice[0].endswith(
+        "uv run --no-dev --extra vllm worker-agent run --engine vllm --model Qwen/Qwen2.5-14B-Instruct-AWQ"
+    )
+
+
+def test_an_apple_machine_without_mlx_is_told_the_command_that_fits_its_memory() -> None:
+    choice = choose(MAC, QUICKSTART, Wish())
+    assert choice.engine.name == "llama.cpp"
+    assert choice.advice[0].endswith(
+        "uv run --no-dev --extra mlx worker-agent run --engine mlx"
+        " --model mlx-community/Qwen2.5-7B-Instruct-4bit"
+    )
+
+
+def test_an_installed_engine_without_a_model_downloads_nothing_by_itself() -> None:
+    choice = choose(GPU_BOX, Installed(vllm=True, xllamacpp=True, embedded_model="/small.gguf"), Wish())
+    assert choice.engine.name == "llama.cpp"
+    assert "no model was given" in choice.why
+    assert "--engine vllm --model" in choice.advice[0]
+
+
+@pytest.mark.parametrize(
+    ("hardware", "installed", "engine"),
+    [(MAC, Installed(mlx=True), "mlx"), (GPU_BOX, Installed(vllm=True), "vllm")],
+)
+def test_the_best_engine_serves_the_model_that_was_given(
+    hardware: Hardware, installed: Installed, engine: str
+) -> None:
+    choice = choose(hardware, installed, Wish(model="org/Big-Model-4bit"))
+    assert (choice.engine.name, choice.model, choice.name) == (engine, "org/Big-Model-4bit", "Big-Model-4bit")
+
+
+def test_a_gguf_file_goes_to_llama_cpp_even_beside_a_gpu() -> None:
+    installed = Installed(vllm=True, xllamacpp=True, llama_server="/usr/bin/llama-server")
+    choice = choose(GPU_BOX, installed, Wish(model="models/Big.Q4_K_M.gguf"))
+    assert (choice.engine.name, choice.name) == ("llama.cpp", "Big.Q4_K_M")
+    assert choice.program == "/usr/bin/llama-server"
+
+
+def test_the_name_is_the_users_to_give() -> None:
+    assert choose(LINUX, QUICKSTART, Wish(name="room-model")).name == "room-model"
+
+
+@pytest.mark.parametrize(
+    ("wish", "installed", "says"),
+    [
+        (Wish(engine="vllm"), QUICKSTART, "vllm is not installed; type: uv run"),
+        (Wish(engine="vllm"), Installed(vllm=True), "vllm needs a model"),
+        (Wish(engine="mlx", model="org/m"), QUICKSTART, "mlx is not installed"),
+        (Wish(engine="llama.cpp"), Installed(), "llama.cpp is not installed"),
+        (Wish(engine="llama.cpp", model="org/m"), QUICKSTART, "serves GGUF files"),
+        (Wish(model="org/m"), QUICKSTART, "is for vllm, which is not installed"),
+        (Wish(engine="ollama"), QUICKSTART, "there is no engine 'ollama'"),
+        (Wish(), Installed(xllamacpp=True), "the embedded one is not installed"),
+    ],
+)
+def test_what_cannot_be_served_says_what_to_do(wish: Wish, installed: Installed, says: str) -> None:
+    with pytest.raises(NoChoice, match=says):
+        choose(GPU_BOX, installed, wish)
+
+
+@pytest.mark.parametrize(("memory_gib", "tokens"), [(2, 2048), (4, 4096), (8, 8192), (64, 8192)])
+def test_a_small_machine_gets_a_smaller_context(memory_gib: int, tokens: int) -> None:
+    hardware = Hardware(system="Linux", architecture="x86_64", cores=2, memory_bytes=memory_gib * GIB)
+    assert choose(hardware, QUICKSTART, Wish()).context_tokens == tokens
+
+
+hardwares = st.builds(
+    Hardware,
+    system=st.sampled_from(["Linux", "Darwin"]),
+    architecture=st.sampled_from(["x86_64", "arm64", "aarch64"]),
+    cores=st.integers(1, 128),
+    memory_bytes=st.integers(2**28, 2**41),
+    gpus=st.lists(st.builds(Gpu, st.just("NVIDIA A"), st.integers(0, 2**38)), max_size=2).map(tuple),
+)
+installations = st.builds(
+    Installed,
+    mlx=st.booleans(),
+    vllm=st.booleans(),
+    llama_server=st.sampled_from([None, "/usr/bin/llama-server"]),
+    xllamacpp=st.booleans(),
+    embedded_model=st.sampled_from([None, "/small.gguf"]),
+)
+wishes = st.builds(
+    Wish,
+    engine=st.sampled_from(["auto", *ENGINES]),
+    model=st.sampled_from([None, "org/Model", "/m.gguf"]),
+    name=st.sampled_from([None, "n"]),
+)
+
+
+@given(hardwares, installations, wishes)
+def test_only_what_is_installed_is_chosen_and_only_what_was_given_or_embedded_is_served(
+    hardware: Hardware, installed: Installed, wish: Wish
+) -> None:
+    choice: Choice | NoChoice
+    try:
+        choice = choose(hardware, installed, wish)
+    except NoChoice as refused:
+        assert len(str(refused)) > 20
+        return
+    assert installed.has(choice.engine)
+    assert choice.model in (wish.model, installed.embedded_model)
+    assert wish.engine in ("auto", choice.engine.name)
+    assert all(len(line) <= 400 and line.isprintable() for line in choice.advice)

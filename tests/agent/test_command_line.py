@@ -1,0 +1,67 @@
+"""The command line as a process: what people and programs read from it."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def worker_agent(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "worker_agent", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+
+
+def test_doctor_tells_programs_what_would_run_and_why() -> None:
+    answer = worker_agent("doctor", "--json", "--engine", "llama.cpp")
+    findings = json.loads(answer.stdout)
+    assert answer.returncode == 0
+    assert findings["engine"] == "llama.cpp"
+    assert findings["name"] == "smollm2-135m-instruct"
+    assert findings["model"].endswith(".gguf")
+    assert findings["why"]
+
+
+def test_doctor_prints_plain_lines_where_nobody_looks_at_a_terminal() -> None:
+    answer = worker_agent("doctor", "--engine", "llama.cpp")
+    assert "engine: llama.cpp\n" in answer.stdout
+    assert "\x1b" not in answer.stdout
+
+
+def test_doctor_says_how_to_install_what_is_missing_and_fails() -> None:
+    answer = worker_agent("doctor", "--engine", "mlx")
+    assert answer.returncode == 1
+    assert "uv run --no-dev --extra mlx worker-agent run --engine mlx --model mlx-community/" in answer.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run", "--engine", "mlx"], "mlx is not installed"),
+        (["run", "--model", "/no/such/model.gguf"], "there is no file /no/such/model.gguf"),
+        (["run", "--slots", "0"], "slots: Input should be greater than or equal to 1"),
+        (["join", "192.168.1.10"], "must begin with http://"),
+    ],
+)
+def test_what_cannot_run_ends_at_once_with_a_sentence(
+    arguments: list[str], says: str, tmp_path: Path
+) -> None:
+    answer = worker_agent(*arguments, "--data-dir", str(tmp_path), "--port", "0", "--host", "127.0.0.1")
+    assert answer.returncode == 2
+    assert says in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+def test_a_taken_port_is_told_before_any_engine_is_started(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        answer = worker_agent("run", "--data-dir", str(tmp_path), "--host", "127.0.0.1", "--port", port)
+    assert answer.returncode == 2
+    assert f"cannot listen on 127.0.0.1 port {port}" in answer.stderr
+    assert "stopped -> starting" not in answer.stderr

@@ -1,0 +1,312 @@
+"""The gateway between a real HTTP client and a real HTTP engine that misbehaves on demand."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from agent.scenes import fake_plan, until
+from worker_agent import wire
+from worker_agent.gateway import Changes, Gateway, GatewayPolicy
+from worker_agent.readiness import Address
+from worker_agent.supervised import Plan, Serving
+from worker_agent.wire import EngineState, Report
+
+CHAT = "/v1/chat/completions"
+
+
+class Engine:
+    """Answers as the request's `user` field says, and notes what it was sent."""
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[dict[str, str], dict[str, object]]] = []
+        self.left = 0
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.requests.append((dict(request.headers), body))
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "X-Engine": "secret"})
+        try:
+            match body.get("user"):
+                case "too long":
+                    return web.json_response({"error": {"message": "too long"}}, status=400)
+                case "unauthorized":
+                    return web.json_response({"error": {"message": "wrong key"}}, status=401)
+                case "redirect":
+                    return web.Response(status=307, headers={"Location": "http://127.0.0.1:1/"})
+                case "die":
+                    assert request.transport is not None
+                    request.transport.abort()
+                    return response
+                case "think":
+                    await asyncio.Event().wait()
+                case "plain":
+                    return web.json_response({"choices": []})
+            if body.get("user") == "old":  # HTTP/1.0: the end of the connection is the end of the answer
+                response.force_close()
+            await response.prepare(request)
+            await response.write(b'data: {"n": 1}\n\n')
+            match body.get("user"):
+                case "stall":
+                    await asyncio.Event().wait()
+                case "break":
+                    assert request.transport is not None
+                    request.transport.abort()
+                    return response
+                case "no end":
+                    return response
+            await response.write(b"data: [DONE]\n\n")
+            return response
+        except asyncio.CancelledError:
+            self.left += 1
+            raise
+
+
+@dataclass
+class Backend:
+    """An engine's supervision as a gateway sees it."""
+
+    plan: Plan
+    serving: Serving | None
+    doubts: list[Serving] = field(default_factory=list)
+
+    def doubt(self, serving: Serving) -> None:
+        self.doubts.append(serving)
+
+
+@dataclass
+class Scene:
+    engine: Engine
+    backend: Backend
+    gateway: Gateway
+    url: str
+    client: aiohttp.ClientSession
+
+    def ask(
+        self, user: str = "", **more: object
+    ) -> contextlib.AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        return self.client.post(self.url + CHAT, json={"model": "public", "user": user, **more})
+
+
+@contextlib.asynccontextmanager
+async def served(app: web.Application) -> AsyncIterator[int]:
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        yield site.port
+    finally:
+        await runner.cleanup()
+
+
+@pytest.fixture
+async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
+    engine = Engine()
+    app = web.Application()
+    app.router.add_post(CHAT, engine.chat)
+    async with served(app) as engine_port:
+        address = Address(port=engine_port, secret="s3cret")
+        backend = Backend(
+            fake_plan(tmp_path / "starts", "serve"),
+            Serving(address=address, model="inner", context_tokens=64),
+        )
+        changes = Changes()
+
+        def report() -> Report:
+            state = EngineState.READY if backend.serving else EngineState.RESTING
+            return Report(id="a", state=state, engine="fake", slots=2, running=gateway.running)
+
+        gateway = Gateway(backend, report, changes, GatewayPolicy(body_bytes=10_000, body_seconds=0.5))
+        async with served(gateway.application()) as port, aiohttp.ClientSession() as client:
+            yield Scene(engine, backend, gateway, f"http://127.0.0.1:{port}", client)
+
+
+async def test_bytes_pass_as_they_come_and_the_model_is_rewritten(scene: Scene) -> None:
+    async with scene.ask(temperature=0, headers_of_ours="x") as answer:
+        assert answer.status == 200
+        assert await answer.read() == b'data: {"n": 1}\n\ndata: [DONE]\n\n'
+    [(_, body)] = scene.engine.requests
+    assert body == {"model": "inner", "user": "", "temperature": 0, "headers_of_ours": "x"}
+
+
+async def test_only_listed_headers_pass_in_either_direction(scene: Scene) -> None:
+    headers = {
+        "Authorization": "Bearer client-key",
+        "Cookie": "a=b",
+        "X-Request-ID": "r",
+        "X-Forwarded-For": "8.8.8.8",
+    }
+    async with scene.client.post(scene.url + CHAT, json={"model": "public"}, headers=headers) as answer:
+        await answer.read()
+        assert "X-Engine" not in answer.headers
+        assert answer.headers["Content-Type"] == "text/event-stream"
+    [(seen, _)] = scene.engine.requests
+    assert seen["Authorization"] == "Bearer s3cret"
+    assert not {"Cookie", "X-Request-ID", "X-Forwarded-For"} & set(seen)
+
+
+async def test_the_first_bytes_arrive_before_the_answer_is_whole(scene: Scene) -> None:
+    async with scene.ask("stall") as answer:
+        assert await answer.content.readany() == b'data: {"n": 1}\n\n'
+        assert scene.gateway.running == 1
+
+
+@pytest.mark.parametrize("moment", ["stall", "think"])
+async def test_a_client_that_leaves_takes_its_engine_request_along(scene: Scene, moment: str) -> None:
+    asking = asyncio.ensure_future(_read(scene, moment))
+    await until(lambda: scene.engine.requests)
+    asking.cancel()
+    await until(lambda: scene.engine.left == 1 and scene.gateway.running == 0)
+
+
+async def _read(scene: Scene, user: str) -> bytes:
+    async with scene.ask(user) as answer:
+        return await answer.read()
+
+
+@pytest.mark.parametrize("fault", ["break", "no end"])
+async def test_half_an_answer_never_looks_whole(scene: Scene, fault: str) -> None:
+    async with scene.ask(fault) as answer:
+        assert answer.status == 200
+        with pytest.raises(aiohttp.ClientError):
+            await answer.read()
+    await until(lambda: scene.gateway.running == 0)
+
+
+async def test_an_answer_that_is_no_stream_needs_no_end_marker(scene: Scene) -> None:
+    async with scene.ask("plain") as answer:
+        assert await answer.json() == {"choices": []}
+
+
+async def test_the_engines_own_refusal_passes_through(scene: Scene) -> None:
+    async with scene.ask("too long") as answer:
+        assert (answer.status, await answer.json()) == (400, {"error": {"message": "too long"}})
+
+
+@pytest.mark.parametrize(
+    ("user", "code"),
+    [("unauthorized", "engine_refused"), ("redirect", "engine_refused"), ("die", "engine_died")],
+)
+async def test_what_is_between_the_engine_and_us_is_a_502(scene: Scene, user: str, code: str) -> None:
+    async with scene.ask(user) as answer:
+        assert answer.status == 502
+        assert (await answer.json())["error"]["code"] == code
+
+
+async def test_an_engine_that_accepts_no_connection_is_doubted(scene: Scene) -> None:
+    assert scene.backend.serving is not None
+    gone = replace(scene.backend.serving, address=Address(port=1, secret=None))
+    scene.backend.serving = gone
+    async with scene.ask() as answer:
+        assert answer.status == 502
+    assert scene.backend.doubts == [gone]
+
+
+async def test_more_requests_than_slots_are_told_to_come_back(scene: Scene) -> None:
+    async with scene.ask("stall"), scene.ask("stall"), scene.ask() as third:
+        assert (third.status, third.headers["Retry-After"]) == (429, "1")
+        assert (await third.json())["error"]["code"] == "no_free_slot"
+    await until(lambda: scene.gateway.running == 0)
+    async with scene.ask() as fourth:
+        assert fourth.status == 200
+
+
+async def test_an_engine_that_is_not_ready_is_a_503(scene: Scene) -> None:
+    scene.backend.serving = None
+    async with scene.ask() as answer:
+        assert (answer.status, answer.headers["Retry-After"]) == (503, "2")
+        assert "resting" in (await answer.json())["error"]["message"]
+    async with scene.client.get(scene.url + "/health") as health:
+        assert health.status == 503
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status"),
+    [
+        (b'{"model": "public"', {}, 400),
+        (b"[]", {}, 400),
+        (b"[" * 5000, {}, 400),
+        (b'{"model": "other"}', {}, 404),
+        (b'{"model": ["public"]}', {}, 404),
+        (b'{"model": "public"}', {"Content-Type": "text/plain"}, 415),
+        (b'{"model": "public"}', {"Content-Encoding": "gzip"}, 415),
+        (b'{"model": "public"}', {"Origin": "http://evil.test"}, 403),
+        (b'{"model": "public"}', {"Sec-Fetch-Site": "cross-site"}, 403),
+        (b" " * 10_001, {}, 413),
+    ],
+)
+async def test_a_wrong_request_ends_here_in_openais_error_form(
+    scene: Scene, body: bytes, headers: dict[str, str], status: int
+) -> None:
+    sent = {"Content-Type": "application/json", **headers}
+    async with scene.client.post(scene.url + CHAT, data=body, headers=sent) as answer:
+        assert answer.status == status
+        assert set((await answer.json())["error"]) == {"message", "type", "param", "code"}
+    assert scene.engine.requests == []
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for(scene: Scene) -> None:
+    async def slow() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.Event().wait()
+
+    headers = {"Content-Type": "application/json"}
+    async with scene.client.post(scene.url + CHAT, data=slow(), headers=headers) as answer:
+        assert answer.status == 408
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/slots", "/v1/models", "/metrics", "/v1/embeddings", "/props", "/v1/chat"]
+)
+async def test_nothing_else_of_the_engine_is_reachable(scene: Scene, path: str) -> None:
+    async with scene.client.post(scene.url + path, json={"model": "public"}) as answer:
+        assert answer.status in (404, 405)
+        assert "error" in await answer.json()
+
+
+async def test_a_public_source_is_refused_before_anything_is_read(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web.BaseRequest, "remote", "8.8.8.8")
+    async with scene.ask() as answer:
+        assert answer.status == 403
+    assert scene.engine.requests == []
+
+
+async def test_reports_come_at_once_on_every_change_and_each_second(scene: Scene) -> None:
+    async with scene.client.get(scene.url + wire.REPORT_PATH) as stream:
+        assert Report.from_line(await stream.content.readline()).running == 0
+        async with scene.ask("stall"):
+            running = Report.from_line(await asyncio.wait_for(stream.content.readline(), 0.9))
+            assert running.running == 1
+        assert Report.from_line(await asyncio.wait_for(stream.content.readline(), 0.9)).running == 0
+        await asyncio.wait_for(stream.content.readline(), wire.REPORT_INTERVAL_SECONDS + 1)  # nothing changed
+
+
+async def test_the_end_is_announced_then_what_runs_ends_well_then_the_streams_end(scene: Scene) -> None:
+    async with scene.client.get(scene.url + wire.REPORT_PATH) as stream, scene.ask("stall") as running:
+        scene.gateway.drain()
+        async with scene.ask() as refused:
+            assert refused.status == 503
+        assert await running.content.readany() == b'data: {"n": 1}\n\n'
+        scene.gateway.close()
+        with pytest.raises(aiohttp.ClientError):
+            await running.read()
+        await asyncio.wait_for(stream.read(), 5)
+    await asyncio.wait_for(scene.gateway.drained(), 5)
+
+
+async def test_watchers_are_bounded(scene: Scene) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in range(GatewayPolicy().report_streams):
+            await stack.enter_async_context(scene.client.get(scene.url + wire.REPORT_PATH))
+        async with scene.client.get(scene.url + wire.REPORT_PATH) as one_too_many:
+            assert one_too_many.status == 503

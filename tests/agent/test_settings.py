@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from worker_agent.settings import Settings, SettingsError, load
+
+EXAMPLE = Path(__file__).parents[2] / "configs" / "worker_agent.json"
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    for name in [name for name in os.environ if name.startswith("WORKER_AGENT_") or name == "LOG_LEVEL"]:
+        monkeypatch.delenv(name)
+
+
+def test_the_example_file_shows_every_key_with_its_default() -> None:
+    assert set(json.loads(EXAMPLE.read_text())) == set(Settings.model_fields)
+    assert load(EXAMPLE, {}).model_dump() == load(None, {}).model_dump()
+
+
+def test_flags_win_over_environment_over_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "agent.json"
+    file.write_text('{"port": 1, "slots": 1, "threads": 1}')
+    monkeypatch.setenv("WORKER_AGENT_PORT", "2")
+    monkeypatch.setenv("WORKER_AGENT_SLOTS", "2")
+    settings = load(file, {"port": 3, "slots": None})
+    assert (settings.port, settings.slots, settings.threads) == (3, 2, 1)
+
+
+def test_balancers_are_a_list_with_commas_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKER_AGENT_BALANCERS", "http://a:4000, http://b:4000")
+    assert load(None, {}).balancers == ("http://a:4000", "http://b:4000")
+
+
+@pytest.mark.parametrize("variable", ["LOG_LEVEL", "WORKER_AGENT_LOG_LEVEL"])
+def test_the_log_level_is_read_from_either_variable(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "DEBUG")
+    assert load(None, {}).log_level == "debug"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"prot": 1}', "prot: Extra inputs are not permitted"),
+        ('{"port": 70000}', "port: Input should be less than or equal to 65535"),
+        ('{"port": 1,\n "slots" 2}', "line 2"),
+        ('{"balancers": ["192.168.1.10"]}', "must begin with http://"),
+        ('{"id": "a\\nb"}', "id: Value error, must be printable"),
+    ],
+)
+def test_a_wrong_file_is_told_by_its_place(tmp_path: Path, text: str, says: str) -> None:
+    file = tmp_path / "agent.json"
+    file.write_text(text)
+    with pytest.raises(SettingsError) as caught:
+        load(file, {})
+    assert says in str(caught.value)
+
+
+def test_a_file_that_is_not_there_is_an_error() -> None:
+    with pytest.raises(SettingsError, match="there is no file"):
+        load(Path("/no/such/file.json"), {})

@@ -1,0 +1,254 @@
+"""The command line of an agent: run, join, doctor. Parses, calls, prints."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import Coroutine, Mapping
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import orjson
+import typer
+import uvloop
+from aiohttp.http_exceptions import HttpProcessingError
+from rich.console import Console
+from rich.table import Table
+
+from worker_agent import app as agent
+from worker_agent.engines.choice import NoChoice
+from worker_agent.identity import NoIdentity
+from worker_agent.settings import Settings, SettingsError, load
+
+_T = TypeVar("_T")
+
+cli = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="One machine of the room: runs an LLM engine and lets a balancer use it.",
+)
+
+_Engine = Annotated[str | None, typer.Option(help="auto, llama.cpp, mlx or vllm.", show_default="auto")]
+_Model = Annotated[
+    str | None, typer.Option(help="A GGUF file, a folder or a hub name.", show_default="embedded")
+]
+_Name = Annotated[str | None, typer.Option(help="What clients ask for.", show_default="the model's")]
+_Id = Annotated[
+    str | None, typer.Option(help="Unique in the room.", show_default="made once from the host's")
+]
+_Host = Annotated[str | None, typer.Option(help="Address to listen on.", show_default="0.0.0.0")]
+_Port = Annotated[int | None, typer.Option(help="0: any free one.", show_default="4100")]
+_Slots = Annotated[int | None, typer.Option(help="Requests at once.", show_default="by engine")]
+_Context = Annotated[
+    int | None, typer.Option(help="Tokens per slot, prompt and answer.", show_default="by model")
+]
+_Threads = Annotated[int | None, typer.Option(help="Of the engine.", show_default="all processors")]
+_DataDir = Annotated[
+    Path | None, typer.Option(help="Where the id is kept.", show_default="user's data folder")
+]
+_Balancer = Annotated[list[str] | None, typer.Option(help="A balancer's URL to join; may be repeated.")]
+_NoMdns = Annotated[bool, typer.Option("--no-mdns", help="Do not advertise on the local network.")]
+_WithParent = Annotated[bool, typer.Option(help="Stop at the end of standard input.")]
+_LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")]
+_Config = Annotated[Path | None, typer.Option(help="A JSON file with settings.")]
+
+
+@cli.command()
+def run(
+    engine: _Engine = None,
+    model: _Model = None,
+    name: _Name = None,
+    id: _Id = None,
+    host: _Host = None,
+    port: _Port = None,
+    slots: _Slots = None,
+    context_tokens: _Context = None,
+    threads: _Threads = None,
+    data_dir: _DataDir = None,
+    balancer: _Balancer = None,
+    no_mdns: _NoMdns = False,
+    exit_with_parent: _WithParent = False,
+    log_level: _LogLevel = None,
+    config: _Config = None,
+) -> None:
+    """Runs an engine and serves it to balancers, which find this machine by themselves."""
+    flags = {
+        "engine": engine,
+        "model": model,
+        "name": name,
+        "id": id,
+        "host": host,
+        "port": port,
+        "slots": slots,
+        "context_tokens": context_tokens,
+        "threads": threads,
+        "data_dir": data_dir,
+        "balancers": tuple(balancer) if balancer else None,
+        "mdns": False if no_mdns else None,
+        "log_level": log_level,
+    }
+    settings = _settings(config, flags)
+    _set_up_log(settings)
+    try:
+        _perform(agent.run(settings, exit_with_parent=exit_with_parent))
+    except (NoChoice, NoIdentity, agent.CannotListen) as error:
+        _give_up(str(error))
+
+
+@cli.command()
+def join(
+    url: Annotated[str, typer.Argument(help="The balancer's address, like http://192.168.1.10:4000.")],
+    engine: _Engine = None,
+    model: _Model = None,
+    name: _Name = None,
+    id: _Id = None,
+    host: _Host = None,
+    port: _Port = None,
+    slots: _Slots = None,
+    context_tokens: _Context = None,
+    threads: _Threads = None,
+    data_dir: _DataDir = None,
+    balancer: _Balancer = None,
+    no_mdns: _NoMdns = False,
+    exit_with_parent: _WithParent = False,
+    log_level: _LogLevel = None,
+    config: _Config = None,
+) -> None:
+    """Runs, and tells the balancer at URL: for networks where multicast does not reach."""
+    run(
+        engine=engine,
+        model=model,
+        name=name,
+        id=id,
+        host=host,
+        port=port,
+        slots=slots,
+        context_tokens=context_tokens,
+        threads=threads,
+        data_dir=data_dir,
+        balancer=[url, *(balancer or [])],
+        no_mdns=no_mdns,
+        exit_with_parent=exit_with_parent,
+        log_level=log_level,
+        config=config,
+    )
+
+
+@cli.command()
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    engine: _Engine = None,
+    model: _Model = None,
+    config: _Config = None,
+) -> None:
+    """Shows this machine, the engine that would run and why, and what would serve better.
+
+    Ends with code 1 where none can run.
+    """
+    settings = _settings(config, {"engine": engine, "model": model})
+    inspection = _perform(agent.inspect(settings))
+    findings = _findings(inspection, settings)
+    if json:
+        sys.stdout.buffer.write(orjson.dumps(findings, option=orjson.OPT_INDENT_2) + b"\n")
+    else:
+        _show(findings)
+    if isinstance(inspection.choice, NoChoice):
+        raise typer.Exit(1)
+
+
+def _findings(inspection: agent.Inspection, settings: Settings) -> dict[str, Any]:
+    found = inspection.installed
+    common = {
+        "hardware": str(inspection.hardware),
+        "installed": {
+            "mlx": found.mlx,
+            "vllm": found.vllm,
+            "llama-server": found.llama_server,
+            "xllamacpp": found.xllamacpp,
+            "embedded model": found.embedded_model,
+        },
+    }
+    if isinstance(inspection.choice, NoChoice):
+        return {**common, "engine": None, "why": str(inspection.choice), "advice": []}
+    choice = inspection.choice
+    try:
+        plan = agent.plan_of(settings, choice, inspection.hardware.cores)
+    except NoChoice as error:
+        return {**common, "engine": None, "why": str(error), "advice": []}
+    return {
+        **common,
+        "engine": plan.spec.name,
+        "why": choice.why,
+        "model": plan.model,
+        "name": plan.name,
+        "slots": plan.slots,
+        "context_tokens": plan.context_tokens,
+        "threads": plan.threads,
+        "advice": list(choice.advice),
+    }
+
+
+def _show(findings: dict[str, Any]) -> None:
+    rows: list[tuple[str, str]] = []
+    for key, value in findings.items():
+        if key == "installed":
+            rows.append((key, ", ".join(name for name, where in value.items() if where) or "nothing"))
+        elif key == "advice":
+            rows.extend((key, line) for line in value)
+        elif value is None:
+            rows.append((key.replace("_", " "), "none" if key == "engine" else "the engine's own"))
+        else:
+            rows.append((key.replace("_", " "), str(value)))
+    if not sys.stdout.isatty():
+        for key, text in rows:
+            typer.echo(f"{key}: {text}")
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _settings(config: Path | None, flags: Mapping[str, object]) -> Settings:
+    try:
+        return load(config, flags)
+    except SettingsError as error:
+        _give_up(str(error))
+
+
+def _perform(work: Coroutine[Any, Any, _T]) -> _T:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(work)
+
+
+def _set_up_log(settings: Settings) -> None:
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+    )
+    # aiohttp's parser errors quote what was sent, which may be a prompt. Our own errors are still told.
+    logging.getLogger("aiohttp.server").addFilter(_without_parser_errors)
+    for talkative in ("asyncio", "zeroconf"):
+        logging.getLogger(talkative).setLevel(logging.WARNING)
+
+
+def _without_parser_errors(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, HttpProcessingError)
+
+
+def _give_up(message: str) -> NoReturn:
+    typer.echo(message, err=True)
+    raise typer.Exit(2)
+
+
+def main() -> None:
+    """The entry point `worker-agent`."""
+    cli()
+
+
+if __name__ == "__main__":
+    main()

