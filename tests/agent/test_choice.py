@@ -29,7 +29,7 @@ def test_a_gpu_box_without_vllm_works_at_once_and_is_told_the_command_that_does_
     choice = choose(GPU_BOX, QUICKSTART, Wish())
     assert choice.engine.name == "llama.cpp"
     assert choice.advice[0].endswith(
-        "uv run --no-dev --extra vllm worker-agent run --engine vllm --model Qwen/Qwen2.5-14B-Instruct-AWQ"
+        "uv run --extra vllm worker-agent run --engine vllm --model Qwen/Qwen2.5-14B-Instruct-AWQ"
     )
 
 
@@ -37,8 +37,7 @@ def test_an_apple_machine_without_mlx_is_told_the_command_that_fits_its_memory()
     choice = choose(MAC, QUICKSTART, Wish())
     assert choice.engine.name == "llama.cpp"
     assert choice.advice[0].endswith(
-        "uv run --no-dev --extra mlx worker-agent run --engine mlx"
-        " --model mlx-community/Qwen2.5-7B-Instruct-4bit"
+        "uv run --extra mlx worker-agent run --engine mlx --model mlx-community/Qwen2.5-7B-Instruct-4bit"
     )
 
 

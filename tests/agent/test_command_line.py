@@ -35,7 +35,7 @@ def test_doctor_prints_plain_lines_where_nobody_looks_at_a_terminal() -> None:
 def test_doctor_says_how_to_install_what_is_missing_and_fails() -> None:
     answer = worker_agent("doctor", "--engine", "mlx")
     assert answer.returncode == 1
-    assert "uv run --no-dev --extra mlx worker-agent run --engine mlx --model mlx-community/" in answer.stdout
+    assert "uv run --extra mlx worker-agent run --engine mlx --model mlx-community/" in answer.stdout
 
 
 @pytest.mark.parametrize(

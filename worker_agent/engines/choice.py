@@ -200,9 +200,7 @@ def _suggested(spec: EngineSpec, hardware: Hardware) -> str:
 
 
 def _command(spec: EngineSpec, model: str) -> str:
-    # --no-dev: vLLM pins what it needs so tightly that its extra and the tools of development exclude
-    # each other.
-    return f"uv run --no-dev --extra {spec.name} worker-agent run --engine {spec.name} --model {model}"
+    return f"uv run --extra {spec.name} worker-agent run --engine {spec.name} --model {model}"
 
 
 def _is_gguf(model: str) -> bool:

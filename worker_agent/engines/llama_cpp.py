@@ -8,8 +8,9 @@ from typing import Any
 from worker_agent.engines.spec import EngineSpec, Launch, positive
 
 _BATCH_TOKENS = 256
-"""A prompt whose client left is dropped between two batches: about 1 s later, at llama.cpp's default of 2048
-up to 18 s on one slow core. 256 cost no prefill speed (2 cores, 135M model: 300 tokens/s, 305 at 512).
+"""A prompt whose client left is dropped between two batches: 0.8 to 1 s later on one core, where 6 to 24 s
+were seen at llama.cpp's default of 2048. It cost no prefill speed (2 cores, 135M model: 300 tokens/s, 305 at
+512).
 Not in our hands: llama.cpp looks for a client that left only after a second in which no other answer was
 ready, so that beside running streams an abandoned prompt may be read to its end."""
 
