@@ -92,8 +92,12 @@ class Run:
             async with asyncio.TaskGroup() as group:
                 for _ in range(min(self.job.papers_at_once, len(self.job.papers))):
                     group.create_task(self._papers(turns, names, rows))
-        except* OSError as errors:
-            raise _first(errors) from None
+        except BaseExceptionGroup as errors:
+            # Not `except*`: some releases of Python 3.11 wrap what is raised from inside of it once more.
+            full, others = errors.split(OSError)
+            if full is None or others is not None:
+                raise
+            raise _first(full) from None
         finally:
             ordered = tuple(rows[index] for index in sorted(rows))
             _write(self.job.out / RESULTS, "".join(row.to_json() + "\n" for row in ordered))
@@ -330,8 +334,5 @@ def _write(path: Path, text: str) -> None:
 
 
 def _first(errors: BaseExceptionGroup[OSError]) -> OSError:
-    error: BaseException = errors
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, OSError)
-    return error
+    first = errors.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first
