@@ -6,10 +6,10 @@ import asyncio
 import logging
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import aiohttp
 import orjson
@@ -20,10 +20,13 @@ from rich.table import Table
 from rich.text import Text
 
 from balancer import up as up_
-from balancer.app import PortTaken, Running, running
+from balancer.app import PortTaken, Running, Stop, running
 from balancer.batch.cli import batch, presets
 from balancer.config_file import ConfigFaults, read
+from balancer.core.dispatcher import WorkerView
 from balancer.settings import Settings, SettingsError, load
+
+_T = TypeVar("_T")
 
 CANNOT_RUN = 2
 
@@ -74,41 +77,48 @@ def up(
         settings.data_dir / up_.AGENT_LOG,
         tuple(word for name, value in options.items() if value is not None for word in (name, str(value))),
     )
-    _run(settings, lambda stop: _up(settings, agent, stop))
+    _run(lambda stop: _up(settings, agent, stop))
 
 
-async def _up(settings: Settings, agent: up_.LocalAgent, stop: asyncio.Event) -> None:
+async def _up(settings: Settings, agent: up_.LocalAgent, stop: Stop) -> None:
     console = Console()
-    async with (
-        running(settings) as balancer,
-        agent.running(balancer.port, settings.data_dir / "agent") as keeping,
-    ):
-        with console.status("starting") as status:
-            last = ""
+    agent.hurried = stop.hurried
+    async with running(settings) as balancer:
+        local = up_.own_url(settings.host, balancer.port)
+        async with agent.running(local, settings.data_dir / "agent") as keeping:
+            ready = await _first(_shown(console, balancer, keeping), stop)
+            if ready is not None:
+                loopback_only = up_.is_loopback(settings.host)
+                _print_welcome(
+                    console,
+                    up_.welcome(
+                        ready,
+                        local=local,
+                        port=balancer.port,
+                        addresses=() if loopback_only else up_.lan_addresses(settings.host),
+                        loopback_only=loopback_only,
+                    ),
+                )
+                await _first(_ended(keeping), stop)
+            # The agent goes last: what is under way needs it.
+            await _finish(console, balancer, stop)
 
-            def show(text: str) -> None:
-                nonlocal last
-                if text != last:
-                    last = text
-                    if console.is_terminal:
-                        status.update(text)
-                    else:
-                        console.print(f"{text} ...")
 
-            ready = await _first(up_.until_ready(balancer, keeping, show), stop)
-        if ready is None:
-            return
-        _print_welcome(
-            console,
-            up_.welcome(
-                ready,
-                port=balancer.port,
-                addresses=() if up_.is_loopback(settings.host) else up_.lan_addresses(),
-                loopback_only=up_.is_loopback(settings.host),
-            ),
-        )
-        await _first(_forever(keeping), stop)
-        _say_stopping(console, balancer)
+async def _shown(console: Console, balancer: Running, keeping: asyncio.Task[None]) -> WorkerView:
+    """Until a worker is ready, what happens is shown: in one line on a terminal, else in a line each."""
+    last = ""
+    with console.status("starting") as status:
+
+        def show(text: str) -> None:
+            nonlocal last
+            if text != last:
+                last = text
+                if console.is_terminal:
+                    status.update(Text(text))
+                else:
+                    console.print(Text(f"{text} ..."))
+
+        return await up_.until_ready(balancer, keeping, show)
 
 
 def _print_welcome(console: Console, texts: dict[str, str]) -> None:
@@ -131,13 +141,13 @@ def serve(
 ) -> None:
     """Start the balancer alone: workers come from the config file, by mDNS, and by joining."""
     settings = _settings(config, host=host, port=port, data_dir=data_dir, mdns=mdns, log_level=log_level)
-    _run(settings, lambda stop: _serve(settings, stop))
+    _run(lambda stop: _serve(settings, stop))
 
 
-async def _serve(settings: Settings, stop: asyncio.Event) -> None:
+async def _serve(settings: Settings, stop: Stop) -> None:
     async with running(settings) as balancer:
-        await stop.wait()
-        _say_stopping(Console(stderr=True), balancer)
+        await stop.asked.wait()
+        await _finish(Console(stderr=True), balancer, stop)
 
 
 @app.command()
@@ -160,11 +170,10 @@ def workers(
     table = Table("worker", "state", "breaker", "running", "models", "engine", "detail")
     for view in room["workers"]:
         table.add_row(
-            *(str(view[key]) for key in ("id", "state", "breaker")),
+            *(Text(str(view[key])) for key in ("id", "state", "breaker")),
             f"{view['running']}/{view['slots']}",
-            "\n".join(view["models"]),
-            view["engine"],
-            Text(view["detail"]),
+            Text("\n".join(view["models"])),
+            *(Text(view[key]) for key in ("engine", "detail")),  # Text: a worker's words are no markup
         )
     console = Console()
     console.print(table)
@@ -222,7 +231,7 @@ def _settings(config: Path | None, **flags: object) -> Settings:
     return settings
 
 
-def _run(settings: Settings, main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
+def _run(main: Callable[[Stop], Coroutine[Any, Any, None]]) -> None:
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_until_signalled(main))
@@ -232,31 +241,26 @@ def _run(settings: Settings, main: Callable[[asyncio.Event], Coroutine[Any, Any,
         _fail(f"the worker agent on this machine cannot run:\n{error}", status=1)
 
 
-async def _until_signalled(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
-    """The first signal asks `main` to stop; the second one ends it where it stands."""
-    stop = asyncio.Event()
+async def _until_signalled(main: Callable[[Stop], Coroutine[Any, Any, None]]) -> None:
+    stop = Stop()
     loop = asyncio.get_running_loop()
-    task = asyncio.current_task()
-
-    def signalled() -> None:
-        if stop.is_set() and task is not None:
-            task.cancel()
-        stop.set()
-
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, signalled)
-    try:
-        await main(stop)
-    except asyncio.CancelledError:
-        if not stop.is_set():
-            raise
+        loop.add_signal_handler(number, stop.signal)
+    await main(stop)
 
 
-async def _first(work: Coroutine[Any, Any, Any], stop: asyncio.Event) -> Any:
+async def _finish(console: Console, balancer: Running, stop: Stop) -> None:
+    if balancer.under_way:
+        count = balancer.under_way
+        console.print(f"finishing {count} request{'s' if count > 1 else ''}; Ctrl-C again stops at once")
+    await balancer.drain(stop)
+
+
+async def _first(work: Coroutine[Any, Any, _T], stop: Stop) -> _T | None:
     """What the work gives; None if it is to stop before."""
     # Both are kept here and awaited here; a task group would wrap what the work raises.
     working = asyncio.create_task(work)  # noqa: TID251
-    stopping = asyncio.create_task(stop.wait())  # noqa: TID251
+    stopping = asyncio.create_task(stop.asked.wait())  # noqa: TID251
     try:
         await asyncio.wait((working, stopping), return_when=asyncio.FIRST_COMPLETED)
         return working.result() if working.done() else None
@@ -266,14 +270,9 @@ async def _first(work: Coroutine[Any, Any, Any], stop: asyncio.Event) -> Any:
         await asyncio.gather(working, stopping, return_exceptions=True)
 
 
-async def _forever(keeping: asyncio.Task[None]) -> None:
-    await keeping
-
-
-def _say_stopping(console: Console, balancer: Running) -> None:
-    under_way = balancer.snapshot().running
-    if under_way:
-        console.print(f"finishing {under_way} running; Ctrl-C again to stop at once")
+async def _ended(keeping: asyncio.Task[None]) -> None:
+    await asyncio.wait((keeping,))  # not awaited itself: to stop waiting is not to stop the agent
+    keeping.result()
 
 
 def _fail(message: str, status: int = CANNOT_RUN) -> NoReturn:

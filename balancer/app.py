@@ -8,7 +8,7 @@ import logging
 import random
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import ip_network
 
 import aiohttp
@@ -38,30 +38,61 @@ log = logging.getLogger(__name__)
 MAX_LINE_BYTES = 8190
 """Of a request line or a header, on the client's side."""
 
-DRAIN_LOOK_SECONDS = 0.05
-
 
 class PortTaken(Exception):
     """Somebody listens on the address already."""
 
 
 @dataclass(frozen=True, slots=True)
+class Stop:
+    """How a person or a service manager asks us to end."""
+
+    asked: asyncio.Event = field(default_factory=asyncio.Event)
+    hurried: asyncio.Event = field(default_factory=asyncio.Event)
+    """Asked again: nothing is waited for any more."""
+
+    def signal(self) -> None:
+        """The first call asks, every further one hurries."""
+        (self.hurried if self.asked.is_set() else self.asked).set()
+
+
 class Running:
     """A balancer that listens."""
 
-    port: int
-    leases: Leases
+    def __init__(
+        self, port: int, leases: Leases, journey: Journey, front: Front, drain_seconds: float
+    ) -> None:
+        self.port = port
+        self._leases = leases
+        self._journey = journey
+        self._front = front
+        self._drain_seconds = drain_seconds
 
     def snapshot(self) -> Snapshot:
-        return self.leases.snapshot()
+        return self._leases.snapshot()
+
+    @property
+    def under_way(self) -> int:
+        """Requests that have not ended."""
+        return self._journey.under_way
+
+    async def drain(self, stop: Stop) -> None:
+        """Take nothing new, and let what is under way finish: for `drain_timeout`, or until hurried."""
+        self._front.draining = True
+        waits = [asyncio.ensure_future(event.wait()) for event in (self._journey.idle, stop.hurried)]
+        try:
+            await asyncio.wait(waits, timeout=self._drain_seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
 
 
 @asynccontextmanager
 async def running(settings: Settings) -> AsyncIterator[Running]:
     """A balancer from these settings, listening inside the block.
 
-    Leaving the block stops accepting, lets running requests finish within `drain_timeout`, and closes
-    everything in the reverse order of its start. Raises `PortTaken`.
+    Leaving the block ends what is still under way and closes everything in the reverse order of its start;
+    whoever wants requests to finish awaits `Running.drain` first. Raises `PortTaken`.
     """
     loop = asyncio.get_running_loop()
     clock = loop.time
@@ -92,7 +123,7 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
             except NotAdmitted as refused:
                 raise Conflict(f"{refused}.") from refused
 
-        metrics = Metrics(leases.snapshot) if settings.enable_metrics else None
+        metrics = Metrics(leases.snapshot, leases.serves) if settings.enable_metrics else None
         observers: list[Observer] = [log_served]
         if metrics is not None:
             observers.append(metrics.observe)
@@ -128,7 +159,7 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
         )
         await stack.enter_async_context(_ticking(leases.tick, TICK_SECONDS))
         await stack.enter_async_context(_ticking(roster.tick, 1.0))
-        port = await _listen(front.application(), settings, stack, leases)
+        port = await _listen(front.application(), settings, stack)
         if settings.mdns:
             browser = Browser(found=roster.found)
             stack.push_async_callback(browser.aclose)
@@ -136,7 +167,7 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
         gc.collect()
         gc.freeze()  # what lives as long as the process need not be looked at by every collection
         log.info("listening on http://%s:%d", settings.host, port)
-        yield Running(port, leases)
+        yield Running(port, leases, journey, front, settings.drain_timeout)
 
 
 @asynccontextmanager
@@ -161,7 +192,7 @@ async def _ticking(tick: Callable[[], None], seconds: float) -> AsyncIterator[No
             await task
 
 
-async def _listen(app: web.Application, settings: Settings, stack: AsyncExitStack, leases: Leases) -> int:
+async def _listen(app: web.Application, settings: Settings, stack: AsyncExitStack) -> int:
     runner = web.AppRunner(
         app,
         access_log=None,
@@ -171,7 +202,7 @@ async def _listen(app: web.Application, settings: Settings, stack: AsyncExitStac
         keepalive_timeout=75,
         max_line_size=MAX_LINE_BYTES,
         max_field_size=MAX_LINE_BYTES,
-        shutdown_timeout=0.5,  # what is worth waiting for has been waited for by `_drain`
+        shutdown_timeout=0.5,  # what is worth waiting for has been waited for by `drain`
     )
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
@@ -184,19 +215,7 @@ async def _listen(app: web.Application, settings: Settings, stack: AsyncExitStac
             "Choose another port with --port."
         ) from error
     address = runner.addresses[0]
-    stack.push_async_callback(_drain, site, leases, settings.drain_timeout)
     return int(address[1])
-
-
-async def _drain(site: web.TCPSite, leases: Leases, seconds: float) -> None:
-    """No new connections; what waits or runs may finish, for so long."""
-    await site.stop()
-    deadline = asyncio.get_running_loop().time() + seconds
-    while asyncio.get_running_loop().time() < deadline:
-        room = leases.snapshot()
-        if not room.running and not room.waiting:
-            return
-        await asyncio.sleep(DRAIN_LOOK_SECONDS)
 
 
 def own_addresses() -> tuple[Network, ...]:

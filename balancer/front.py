@@ -9,7 +9,8 @@ import logging
 import math
 import re
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import orjson
@@ -24,7 +25,9 @@ from balancer.core.errors import (
     MethodNotAllowed,
     ModelNotFound,
     NotFound,
+    QueueFull,
     RequestError,
+    ShuttingDown,
     UnsupportedMedia,
 )
 from balancer.core.model import Endpoint, ModelName, Worker
@@ -39,13 +42,19 @@ log = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+LARGE_BODY_BYTES = 1024 * 1024
+"""To read a megabyte of JSON takes about 10 ms."""
+
 _HARMLESS_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _REQUEST_ID = web.RequestKey("request_id", str)
+_STORY = web.RequestKey("story", Story)
 
 
 @dataclass(frozen=True, slots=True)
 class FrontPolicy:
     max_body_bytes: int = 32 * 1024 * 1024
+    max_held_bytes: int = 512 * 1024 * 1024
+    """Of all requests that wait or run."""
     body_seconds: float = 30.0
     """For the whole body to arrive, once the head has."""
     sources: Sources = field(default_factory=Sources)
@@ -71,6 +80,9 @@ class Front:
         self._snapshot = snapshot
         self._join = join
         self._metrics = metrics
+        self.draining = False
+        """Set when the balancer is about to end: nothing new is taken, connections are not kept."""
+        self._held_bytes = 0
 
     def application(self) -> web.Application:
         app = web.Application(client_max_size=self._policy.max_body_bytes, middlewares=[self._guarded])
@@ -93,35 +105,39 @@ class Front:
                     f"{request.remote} is no private address. To have its network served, name it in the "
                     "balancer's setting allow_networks."
                 )
-            return await handler(request)
-        except RequestError as error:
-            return _refusal(request, error)
-        except web.HTTPNotFound:
-            return _refusal(request, NotFound(f"There is no {request.path} here; GET /v1/models is a start."))
-        except web.HTTPMethodNotAllowed as error:
-            allowed = ", ".join(sorted(error.allowed_methods))
-            refusal = _refusal(request, MethodNotAllowed(f"{request.path} takes {allowed}."))
-            refusal.headers["Allow"] = allowed
-            return refusal
+            response = await handler(request)
         except (ClientLeft, ConnectionError):
             raise asyncio.CancelledError from None  # nobody is left to be answered
-        except web.HTTPException:
-            raise
-        except Exception:
-            log.exception(
-                "a defect of the balancer, in answering %s %s", request.method, request.rel_url.path
-            )
-            return _refusal(request, RequestError("The balancer failed; its log says where."))
+        except Exception as error:
+            refusal = _as_refusal(request, error)
+            if _STORY not in request:  # what has a story is told by its end
+                log.info(
+                    "%s %s %s refused: %d %s",
+                    *(request.remote, request.method, ascii(request.path), refusal.status),
+                    refusal.code or refusal.type,
+                )
+            response = _refused(request, refusal)
+            if isinstance(error, web.HTTPMethodNotAllowed):
+                response.headers["Allow"] = ", ".join(sorted(error.allowed_methods))
+        if self.draining:
+            response.force_close()
+        return response
 
     # Inference
 
     def _inference(self, endpoint: Endpoint) -> Handler:
         async def handle(request: web.Request) -> web.StreamResponse:
-            asked = openai.parse(endpoint, await self._body(request))
-            story = self._journey.begin(_request_id(request), request.remote or "")
-            if asked.stream:
-                return await self._stream(request, asked, story)
-            answer = await self._journey.serve(asked, story, None)
+            if self.draining:
+                raise ShuttingDown("This balancer is about to stop. Try again in a moment.")
+            body = await self._body(request)
+            with self._holding(len(body)):
+                asked = await _parsed(endpoint, body)
+                del body  # from here on it is held as what goes to a worker
+                story = self._journey.begin(_request_id(request), request.remote or "")
+                request[_STORY] = story
+                if asked.stream:
+                    return await self._stream(request, asked, story)
+                answer = await self._journey.serve(asked, story, None)
             return web.Response(
                 body=answer, content_type="application/json", headers=_headers(story, len(story.attempts))
             )
@@ -142,6 +158,17 @@ class Front:
             raise ClientLeft
         await response.write_eof()
         return response
+
+    @contextmanager
+    def _holding(self, size: int) -> Iterator[None]:
+        """Counts the bytes of all that waits or runs: a line of a thousand long papers is bounded too."""
+        if self._held_bytes + size > self._policy.max_held_bytes:
+            raise QueueFull("Too many long requests are under way. Try again in 5 s.", 5.0)
+        self._held_bytes += size
+        try:
+            yield
+        finally:
+            self._held_bytes -= size
 
     async def _body(self, request: web.Request) -> bytes:
         if request.headers.get("Content-Encoding", "identity").lower() != "identity":
@@ -181,8 +208,9 @@ class Front:
     async def _ready(self, _request: web.Request) -> web.Response:
         """200 once a request could be served: for load balancers, service managers and scripts."""
         room = self._snapshot()
-        ready = sum(view.state == "ready" for view in room.workers)
-        body = {"ready": ready > 0, "workers_ready": ready, "workers": len(room.workers)}
+        workers = sum(view.state == "ready" for view in room.workers)
+        ready = workers > 0 and not self.draining
+        body = {"ready": ready, "workers_ready": workers, "workers": len(room.workers)}
         return _json(body, status=200 if ready else 503)
 
     async def _scrape(self, _request: web.Request) -> web.Response:
@@ -236,7 +264,31 @@ class _EventStream:
                 raise ClientLeft from error
 
 
-def _refusal(request: web.Request, error: RequestError) -> web.Response:
+async def _parsed(endpoint: Endpoint, body: bytes) -> openai.Request:
+    """Off the loop where it takes long enough to be felt by others."""
+    if len(body) <= LARGE_BODY_BYTES:
+        return openai.parse(endpoint, body)
+    return await asyncio.to_thread(openai.parse, endpoint, body)
+
+
+def _as_refusal(request: web.Request, error: Exception) -> RequestError:
+    """Any error as one that has a form for clients."""
+    match error:
+        case RequestError():
+            return error
+        case web.HTTPNotFound():
+            return NotFound(f"There is no {request.path} here; GET /v1/models is a start.")
+        case web.HTTPMethodNotAllowed():
+            return MethodNotAllowed(f"{request.path} takes {', '.join(sorted(error.allowed_methods))}.")
+        case web.HTTPException() if 400 <= error.status < 500:
+            return BadRequest(f"The request is not right: {error.reason}.")
+    log.error(
+        "a defect of the balancer, in answering %s %s", request.method, ascii(request.path), exc_info=error
+    )
+    return RequestError("The balancer failed; its log says where.")
+
+
+def _refused(request: web.Request, error: RequestError) -> web.Response:
     headers = {REQUEST_ID_HEADER: _request_id(request)}
     if error.retry_after is not None:
         headers["Retry-After"] = str(math.ceil(error.retry_after))

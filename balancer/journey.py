@@ -39,8 +39,8 @@ from balancer.core.model import (
 )
 from balancer.core.retry import CAUSES, Cause, RetryPolicy, Tried, after
 from balancer.dialects.openai import Request
-from balancer.leases import Abandoned, Leases, Refused
-from balancer.relay import Delivery, Outcome, Relay
+from balancer.leases import Abandoned, Lease, Leases, Refused
+from balancer.relay import Delivery, Outcome, Progress, Relay
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +93,15 @@ class Journey:
         self._clock = clock
         self._chance = chance
         self._observers = observers
+        self._under_way = 0
+        self.idle = asyncio.Event()
+        """Set while nothing is under way."""
+        self.idle.set()
+
+    @property
+    def under_way(self) -> int:
+        """Requests that have not ended, wherever they stand."""
+        return self._under_way
 
     def begin(self, request_id: str, client: str) -> Story:
         return Story(request_id, client, self._clock())
@@ -104,6 +113,8 @@ class Journey:
         not the whole answer, and the client has to be told in its stream. Cancelled when the client left.
         """
         status, error = 500, "internal_error"
+        self._under_way += 1
+        self.idle.clear()
         try:
             answer = await self._answer(request, story, delivery)
             status, error = 200, ""
@@ -115,6 +126,9 @@ class Journey:
             status, error = 499, "client_left"
             raise
         finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self.idle.set()
             self._account(request, story, status, error)
 
     async def _answer(self, request: Request, story: Story, delivery: Delivery | None) -> bytes | None:
@@ -149,7 +163,13 @@ class Journey:
         limit: asyncio.Timeout,
     ) -> Outcome:
         waiting_since = self._clock()
-        ask = Ask(needs=needs, arrived=story.began, deadline=waiting_since + self._policy.max_wait_seconds)
+        ask = Ask(
+            needs=needs,
+            arrived=story.began,
+            deadline=waiting_since + self._policy.max_wait_seconds,
+            admitted=bool(story.attempts),
+        )
+        progress = Progress(waiting_since)
         try:
             async with self._leases.acquire(ask) as lease:
                 granted = self._clock()
@@ -157,7 +177,14 @@ class Journey:
                 story.queue_seconds += granted - waiting_since
                 if limit.when() is None:
                     limit.reschedule(granted + self._policy.total_seconds)
-                outcome = await self._relay.attempt(lease.worker, request, story.request_id, delivery)
+                progress.began = granted
+                try:
+                    outcome = await self._relay.attempt(
+                        lease.worker, request, story.request_id, delivery, progress
+                    )
+                except (asyncio.CancelledError, ClientLeft):
+                    self._interrupted(lease, story, progress, overdue=limit.expired())
+                    raise
                 lease.settle(
                     CAUSES[outcome.cause].verdict if outcome.cause else Verdict.GOOD,
                     outcome.attempt.measures,
@@ -167,7 +194,7 @@ class Journey:
         except Refused as refused:
             raise _refused(refused.refuse, request) from None
         except Abandoned as abandoned:
-            outcome = _lost(abandoned, self._clock() - waiting_since, delivery)
+            outcome = _lost(abandoned, delivery, progress.measures(self._clock()))
         story.attempts.append(outcome.attempt)
         if outcome.cause is not None:
             log.info(
@@ -179,6 +206,17 @@ class Journey:
                 outcome.attempt.detail,
             )
         return outcome
+
+    def _interrupted(self, lease: Lease, story: Story, progress: Progress, *, overdue: bool) -> None:
+        """Write down an attempt that was ended from outside: its time was over, or its client left."""
+        if lease.lost:
+            return  # what follows from that is decided by the caller
+        cause = Cause.OVERDUE if overdue else Cause.LEFT
+        measures = progress.measures(self._clock())
+        story.attempts.append(Attempt(worker_id=lease.worker.id, cause=cause.value, measures=measures))
+        if overdue and progress.first_byte is None:
+            # All that time and not a word: whatever it is busy with, it is not answering.
+            lease.settle(Verdict.BAD, measures)
 
     def _account(self, request: Request, story: Story, status: int, error: str) -> None:
         served = Served(
@@ -209,6 +247,13 @@ def _refused(refuse: Refuse, request: Request) -> RequestError:
                 param="model",
                 code="endpoint_not_served",
             )
+        case Refusal.MODEL_AWAY:
+            there = ", ".join(refuse.models) or "none"
+            return NoRoom(
+                f"No worker that answers serves the model {request.model!r}. Served are: {there}. "
+                f"Not answering are workers that may have it ({refuse.detail}). Try again in {wait:.0f} s.",
+                wait,
+            )
         case Refusal.ROOM_EMPTY:
             return NoRoom(
                 "No worker has joined this balancer yet. Run `worker-agent run` on a machine of this "
@@ -232,6 +277,8 @@ def _failure(outcome: Outcome, attempts: int) -> RequestError:
         return outcome.rejected
     times = "once" if attempts == 1 else f"{attempts} times"
     last = f"{outcome.attempt.worker_id}: {outcome.attempt.detail or outcome.attempt.cause}"
+    if outcome.words:
+        last += f", {outcome.words!r}"
     match outcome.cause:
         case Cause.BUSY:
             wait = outcome.hold_seconds or 1.0
@@ -244,13 +291,13 @@ def _failure(outcome: Outcome, attempts: int) -> RequestError:
             return WorkerFailed(f"Tried {times}; no worker answered, the last was {last}.")
 
 
-def _lost(abandoned: Abandoned, seconds: float, delivery: Delivery | None) -> Outcome:
+def _lost(abandoned: Abandoned, delivery: Delivery | None, measures: Measures) -> Outcome:
     """The worker was lost under an attempt; its lease has said so to the dispatcher already."""
     cause = Cause.CUT if delivery is not None and delivery.begun else Cause.LOST
     attempt = Attempt(
         worker_id=abandoned.worker_id,
         cause=cause.value,
         detail=abandoned.reason,
-        measures=Measures(seconds=seconds),
+        measures=measures,
     )
     return Outcome(attempt=attempt, cause=cause)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 
 from balancer.core.dispatcher import Dispatcher, Snapshot
@@ -21,6 +21,7 @@ from balancer.core.model import (
     Event,
     Grant,
     Measures,
+    ModelName,
     Refuse,
     Tick,
     Ticket,
@@ -56,6 +57,9 @@ class Lease:
 
     worker: Worker
     choice: Choice
+    lost: str = ""
+    """Why the worker is lost, if it was while the lease was held."""
+    _scope: asyncio.Timeout = field(default_factory=lambda: asyncio.timeout(None))
     _verdict: Verdict = Verdict.UNKNOWN
     _measures: Measures | None = None
     _unreachable: bool = False
@@ -72,6 +76,24 @@ class Lease:
         """Say how the attempt went. Left unsaid (the client left, say), nothing is learned of the worker."""
         self._verdict, self._measures = verdict, measures
         self._unreachable, self._hold_seconds = unreachable, hold_seconds
+
+    def abandon(self, reason: str, now: float) -> None:
+        """The worker is lost: ends the block of `held`. Once is enough."""
+        if not self.lost:
+            self.lost = reason
+            self._scope.reschedule(now)
+
+    @asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        """Raises `Abandoned` out of the block when the worker is lost meanwhile."""
+        try:
+            async with self._scope:
+                yield
+        except TimeoutError:
+            if not self.lost:
+                raise
+            self.settle(Verdict.BAD, Measures(seconds=0.0))
+            raise Abandoned(self.worker.id, self.lost) from None
 
     def ended(self, ticket: Ticket) -> Ended:
         return Ended(
@@ -90,8 +112,7 @@ class Leases:
         self._clock = clock
         self._tickets = count(1)
         self._waiting: dict[Ticket, asyncio.Future[Grant | Refuse]] = {}
-        self._held: dict[Ticket, asyncio.Timeout] = {}
-        self._reasons: dict[Ticket, str] = {}
+        self._held: dict[Ticket, Lease] = {}
 
     def tell(self, event: Event) -> None:
         """Something happened in the room; whatever follows is done before this returns."""
@@ -102,9 +123,8 @@ class Leases:
                 case Refuse(ticket=ticket):
                     self._answer(ticket, command)
                 case Abandon(ticket, reason):
-                    if scope := self._held.get(ticket):
-                        self._reasons[ticket] = reason
-                        scope.reschedule(self._clock())
+                    if (lease := self._held.get(ticket)) is not None:
+                        lease.abandon(reason, self._clock())
 
     def _answer(self, ticket: Ticket, answer: Grant | Refuse) -> None:
         future = self._waiting.get(ticket)
@@ -126,27 +146,24 @@ class Leases:
             grant = await answered
             if isinstance(grant, Refuse):
                 raise Refused(grant)
-            lease = Lease(grant.worker, grant.choice)
+            lease = self._held[ticket] = Lease(grant.worker, grant.choice)
             try:
-                async with asyncio.timeout(None) as scope:
-                    self._held[ticket] = scope
+                async with lease.held():
                     yield lease
-            except TimeoutError:
-                if ticket not in self._reasons:
-                    raise
-                lease.settle(Verdict.BAD, Measures(seconds=0.0))
-                raise Abandoned(lease.worker.id, self._reasons[ticket]) from None
             finally:
                 ended = lease.ended(ticket)
         finally:
             del self._waiting[ticket]
             self._held.pop(ticket, None)
-            self._reasons.pop(ticket, None)
             self.tell(ended)
 
     def tick(self) -> None:
         """Time has passed; call it every TICK_SECONDS."""
         self.tell(Tick())
+
+    def serves(self, model: ModelName) -> bool:
+        """Whether some worker of the room has this model."""
+        return self._dispatcher.serves(model)
 
     def snapshot(self) -> Snapshot:
         return self._dispatcher.snapshot(self._clock())

@@ -21,8 +21,8 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 5
 
 
 class Metrics:
-    def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
-        self._snapshot = snapshot
+    def __init__(self, snapshot: Callable[[], Snapshot], serves: Callable[[ModelName], bool]) -> None:
+        self._serves = serves
         self._registry = CollectorRegistry()
         labels = ("model", "endpoint")
         self._requests = Counter(
@@ -85,7 +85,7 @@ class Metrics:
         return generate_latest(self._registry)
 
     def _bounded(self, model: ModelName) -> str:
-        return model if model in self._snapshot().models else "unknown"
+        return model if self._serves(model) else "unknown"
 
 
 class _Room(Collector):

@@ -66,22 +66,27 @@ class Outcome:
     """The answer in one piece, when it was not delivered as a stream."""
     rejected: Rejected | None = None
     """With cause REJECTED: what to tell the client."""
+    words: str = ""
+    """The worker's own. They may quote the request: for its client, not for a log."""
     hold_seconds: float | None = None
 
 
 class Failed(Exception):
     """An attempt did not lead to a whole answer."""
 
-    def __init__(self, cause: Cause, detail: str) -> None:
+    def __init__(self, cause: Cause, detail: str, words: str = "") -> None:
         super().__init__(detail)
         self.cause = cause
         self.detail = detail
+        self.words = words
         self.rejected: Rejected | None = None
         self.hold_seconds: float | None = None
 
 
 @dataclass(slots=True)
-class _Progress:
+class Progress:
+    """How far an attempt has come; whoever interrupts it finds here what was measured until then."""
+
     began: float
     first_byte: float | None = None
     usage: Usage = field(default_factory=Usage)
@@ -108,11 +113,15 @@ class Relay:
         self._headers = headers
 
     async def attempt(
-        self, worker: Worker, request: Request, request_id: str, delivery: Delivery | None
+        self,
+        worker: Worker,
+        request: Request,
+        request_id: str,
+        delivery: Delivery | None,
+        progress: Progress,
     ) -> Outcome:
         """Never raises for what a worker does. `delivery`: for a client that streams; else the answer
         comes in one piece with the outcome."""
-        progress = _Progress(self._clock())
         try:
             answer = await self._exchange(worker, request, request_id, delivery, progress)
         except Failed as failed:
@@ -125,7 +134,11 @@ class Relay:
                 measures=progress.measures(self._clock()),
             )
             return Outcome(
-                attempt=attempt, cause=cause, rejected=failed.rejected, hold_seconds=failed.hold_seconds
+                attempt=attempt,
+                cause=cause,
+                rejected=failed.rejected,
+                words=failed.words,
+                hold_seconds=failed.hold_seconds,
             )
         attempt = Attempt(worker_id=worker.id, cause=None, measures=progress.measures(self._clock()))
         return Outcome(attempt=attempt, cause=None, answer=answer)
@@ -136,7 +149,7 @@ class Relay:
         request: Request,
         request_id: str,
         delivery: Delivery | None,
-        progress: _Progress,
+        progress: Progress,
     ) -> bytes | None:
         kind = WORKER_TYPES[worker.type]
         stream = request.endpoint is not Endpoint.EMBEDDINGS and (request.stream or kind.streams_always)
@@ -160,11 +173,13 @@ class Relay:
                 return None
         except UpstreamError as error:
             raise Failed(_CAUSES[type(error)], str(error)) from error
-        except (AnswerError, FramingError) as error:
+        except AnswerError as error:
+            raise Failed(Cause.ERRED, error.detail, error.words) from error
+        except FramingError as error:
             raise Failed(Cause.ERRED, str(error)) from error
 
     async def _whole(
-        self, response: Response, request: Request, delivery: Delivery | None, progress: _Progress
+        self, response: Response, request: Request, delivery: Delivery | None, progress: Progress
     ) -> bytes:
         body = await response.whole(MAX_ANSWER_BYTES)
         answer, progress.usage = parse_whole(body, request.model)
@@ -173,9 +188,9 @@ class Relay:
         progress.first_byte = self._clock() - progress.began
         return orjson.dumps(answer)
 
-    async def _assembled(self, response: Response, request: Request, progress: _Progress) -> bytes:
+    async def _assembled(self, response: Response, request: Request, progress: Progress) -> bytes:
         assembly = Assembly(request.endpoint, request.model)
-        reader = StreamReader(request.model, usage_wanted=True)
+        reader = StreamReader(request.model, usage_wanted=True, choices=request.choices)
         held = 0
         async with aclosing(_events(response, reader)) as events:
             async for passed in events:
@@ -188,9 +203,9 @@ class Relay:
         return orjson.dumps(assembly.result())
 
     async def _streamed(
-        self, response: Response, request: Request, worker: Worker, delivery: Delivery, progress: _Progress
+        self, response: Response, request: Request, worker: Worker, delivery: Delivery, progress: Progress
     ) -> None:
-        reader = StreamReader(request.model, usage_wanted=request.usage_wanted)
+        reader = StreamReader(request.model, request.usage_wanted, request.choices)
         # Held back until the answer itself begins, so that until then another worker can take over.
         held = b""
         async with aclosing(_events(response, reader)) as events:
@@ -206,7 +221,7 @@ class Relay:
                     held = b""
         await delivery.send(worker, held + event(DONE))
 
-    def _note(self, reader: StreamReader, progress: _Progress) -> None:
+    def _note(self, reader: StreamReader, progress: Progress) -> None:
         progress.usage = reader.usage
         if progress.first_byte is None and reader.begun:
             progress.first_byte = self._clock() - progress.began
@@ -215,16 +230,17 @@ class Relay:
 async def _events(response: Response, reader: StreamReader) -> AsyncGenerator[list[bytes], None]:
     """What the client shall have of each piece that comes, until the answer's own end.
 
-    Raises `AnswerError` where the stream ends without it: a closed connection is no end (RELIABILITY D1).
+    Raises `Failed` where the stream ends without it: a closed connection is no end (RELIABILITY D1).
     """
     frames = EventFrames()
     async with aclosing(response.chunks(lambda: reader.begun)) as chunks:
         async for chunk in chunks:
             yield _read(reader, frames.feed(chunk))
             if reader.done:
-                return
-    yield _read(reader, frames.end())
-    if not (reader.finished or reader.done):
+                break
+        else:
+            yield _read(reader, frames.end())
+    if not reader.is_whole:
         raise Failed(Cause.BROKE, "its stream ended before the answer did")
 
 
@@ -249,15 +265,15 @@ async def _complaint(response: Response) -> Failed:
     """What a status other than 200 means: for the client to mend, for us to wait, or a broken worker."""
     complaint = read_complaint(await response.whole(MAX_ERROR_BYTES))
     status = response.status
-    detail = f"HTTP {status}: {complaint.message}"
+    detail = f"it answered with status {status}"
     if status in (429, 503):
-        failed = Failed(Cause.BUSY, detail)
+        failed = Failed(Cause.BUSY, detail, complaint.message)
         if response.retry_after is not None:
             failed.hold_seconds = min(response.retry_after, LONGEST_HOLD_SECONDS)
         return failed
     if status in (400, 413, 422):
-        failed = Failed(Cause.REJECTED, detail)
+        failed = Failed(Cause.REJECTED, detail, complaint.message)
         failed.rejected = Rejected(status, complaint.message, code=complaint.code, param=complaint.param)
         return failed
     # 401, 403 and 404 too: the worker's key or model is not as configured, which is not the client's doing.
-    return Failed(Cause.ERRED, detail)
+    return Failed(Cause.ERRED, detail, complaint.message)

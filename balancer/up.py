@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -28,8 +28,15 @@ CANNOT_RUN = 2
 """The agent's exit status for what a restart does not mend: no engine, a wrong setting."""
 STOP_SECONDS = 20.0
 """An agent lets running answers finish for 10 s, and its engine has a few more to end."""
+HURRIED_SECONDS = 3.0
 LOOK_SECONDS = 0.2
-SHORTEST_REST, LONGEST_REST = 1.0, 30.0
+SHORTEST_REST, LONGEST_REST = 0.5, 30.0
+"""Between two starts of an agent that dies, doubled each time; from the first again after LONG_LIFE."""
+LONG_LIFE = 60.0
+QUICK_DEATH, MAX_QUICK_DEATHS = 10.0, 4
+"""An agent that dies so often, each time so soon, will not live."""
+MAX_LOG_BYTES = 4 * 1024 * 1024
+"""An agent's log starts afresh beyond this, with the agent."""
 
 
 class AgentFailed(Exception):
@@ -43,10 +50,12 @@ class LocalAgent:
     log_file: Path
     options: tuple[str, ...] = ()
     """Passed on to `worker-agent run`: which engine and model, how many slots."""
+    hurried: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when its end may cost running answers."""
     _process: asyncio.subprocess.Process | None = None
 
     @asynccontextmanager
-    async def running(self, balancer_port: int, data_dir: Path) -> AsyncIterator[asyncio.Task[None]]:
+    async def running(self, balancer_url: str, data_dir: Path) -> AsyncIterator[asyncio.Task[None]]:
         """Started, and started again while the block runs.
 
         Gives the task that does it: it ends with `AgentFailed` when starting again is of no use.
@@ -54,7 +63,7 @@ class LocalAgent:
         command = (
             sys.executable,
             *("-m", "worker_agent", "run", "--host", "127.0.0.1", "--port", "0", "--no-mdns"),
-            *("--balancer", f"http://127.0.0.1:{balancer_port}"),
+            *("--balancer", balancer_url),
             *("--data-dir", str(data_dir), "--exit-with-parent"),
             *self.options,
         )
@@ -70,20 +79,27 @@ class LocalAgent:
 
     async def _keep(self, command: tuple[str, ...]) -> None:
         loop = asyncio.get_running_loop()
-        rest = SHORTEST_REST
+        self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        self.log_file.write_bytes(b"")
+        rest, quick_deaths = SHORTEST_REST, 0
         while True:
             began = loop.time()
             status = await self._run_once(command)
-            if status == CANNOT_RUN:
-                raise AgentFailed(self.last_words())
-            log.warning("the worker agent ended with status %d; it is started again in %g s", status, rest)
-            await asyncio.sleep(rest)
             lived = loop.time() - began
-            rest = SHORTEST_REST if lived > 60 else min(rest * 2, LONGEST_REST)
+            quick_deaths = quick_deaths + 1 if lived < QUICK_DEATH else 0
+            if status == CANNOT_RUN or quick_deaths >= MAX_QUICK_DEATHS:
+                raise AgentFailed(self.last_words())
+            rest = SHORTEST_REST if lived > LONG_LIFE else min(rest * 2, LONGEST_REST)
+            log.warning(
+                "the worker agent ended with status %d (see %s); it is started again in %g s",
+                *(status, self.log_file, rest),
+            )
+            await asyncio.sleep(rest)
 
     async def _run_once(self, command: tuple[str, ...]) -> int:
-        self.log_file.parent.mkdir(parents=True, exist_ok=True)
-        with self.log_file.open("wb") as output:
+        if self.log_file.stat().st_size > MAX_LOG_BYTES:
+            self.log_file.write_bytes(b"")
+        with self.log_file.open("ab") as output:
             # A session of its own: Ctrl-C in the terminal is for us, who then stop it in order.
             self._process = await asyncio.create_subprocess_exec(
                 *command,
@@ -99,13 +115,19 @@ class LocalAgent:
         if process is None or process.returncode is not None:
             return
         process.send_signal(signal.SIGTERM)
+        ended = asyncio.ensure_future(process.wait())
+        hurried = asyncio.ensure_future(self.hurried.wait())
         try:
-            async with asyncio.timeout(STOP_SECONDS):
-                await process.wait()
-        except TimeoutError:
-            log.warning("the worker agent does not stop; it is killed, and its engine with it")
-            process.kill()
-            await process.wait()
+            await asyncio.wait((ended, hurried), timeout=STOP_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            if not ended.done() and self.hurried.is_set():
+                process.send_signal(signal.SIGTERM)  # the second one ends it at once
+                await asyncio.wait((ended,), timeout=HURRIED_SECONDS)
+        finally:
+            hurried.cancel()
+            if process.returncode is None:
+                log.warning("the worker agent does not stop; it is killed, and its engine with it")
+                process.kill()
+            await ended
 
     def last_words(self, lines: int = 12) -> str:
         """The end of the agent's log."""
@@ -147,11 +169,13 @@ def _progress(agent: WorkerView | None) -> str:
 
 
 def welcome(
-    view: WorkerView, *, port: int, addresses: tuple[str, ...], loopback_only: bool
+    view: WorkerView, *, local: str, port: int, addresses: tuple[str, ...], loopback_only: bool
 ) -> dict[str, str]:
-    """What a new user wants to know, by heading; the commands work as pasted."""
+    """What a new user wants to know, by heading; the commands work as pasted.
+
+    `local`: the balancer's URL on this machine. `addresses`: this machine's, for others.
+    """
     model = view.models[0]
-    local = f"http://127.0.0.1:{port}"
     texts = {
         "Endpoint": "\n".join([f"{local}/v1", *(f"http://{address}:{port}/v1" for address in addresses)]),
         "Model": f"{model} ({view.engine} on {view.hardware})" if view.hardware else model,
@@ -184,6 +208,13 @@ def _joining(port: int, addresses: tuple[str, ...], loopback_only: bool) -> str:
     )
 
 
+def own_url(host: str, port: int) -> str:
+    """Where a balancer that listens on this host is reached from its own machine."""
+    if host in ("0.0.0.0", "::", ""):
+        host = "127.0.0.1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def is_loopback(host: str) -> bool:
     """Whether a balancer that listens there can be reached from this machine only."""
     try:
@@ -192,8 +223,11 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def lan_addresses() -> tuple[str, ...]:
-    """This machine's IPv4 addresses on networks that a room may be on, those of running interfaces."""
+def lan_addresses(host: str) -> tuple[str, ...]:
+    """Where others reach a balancer that listens on this host: that one, or all IPv4 addresses of this
+    machine's running interfaces."""
+    if host not in ("0.0.0.0", "::", ""):
+        return (host,)
     running = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
     found = [
         address.address

@@ -132,7 +132,12 @@ class Upstream:
         """
         session = self._pooled if keep_alive else self._fresh
         try:
-            response = await session.post(url, data=_in_pieces(body), headers=headers, allow_redirects=False)
+            response = await session.post(
+                url,
+                data=_in_pieces(body),
+                headers={**headers, "Accept-Encoding": "identity"},  # what comes is read as it is
+                allow_redirects=False,
+            )
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise Unreachable(_name(error)) from error
         except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from typing import Protocol
 
 from balancer.core.admission import AdmissionPolicy, WaitingLine
@@ -134,6 +135,10 @@ class Dispatcher:
             models=self._fleet.models(),
         )
 
+    def serves(self, model: ModelName) -> bool:
+        """Whether some worker of the room has this model, able or not to be asked now."""
+        return self._fleet.knows(model)
+
     # Tickets
 
     def _arrived(self, ticket: Ticket, ask: Ask, now: float) -> list[Command]:
@@ -142,7 +147,7 @@ class Dispatcher:
             return [self._refuse(ticket, ask, refusal, now)]
         if self._line.head(ask.needs) is None and (grant := self._grant(ticket, ask, now)):
             return [grant]
-        if self._line.is_full:
+        if self._line.is_full and not ask.admitted:
             return [self._refuse(ticket, ask, Refusal.QUEUE_FULL, now)]
         self._line.join(ticket, ask)
         return []
@@ -166,13 +171,18 @@ class Dispatcher:
     # Placing
 
     def _place_waiting(self, now: float) -> list[Command]:
+        """Grants in the order of arrival, as far as there is room for each."""
         commands: list[Command] = []
-        for ticket, ask in self._line.heads():
-            head: tuple[Ticket, Ask] | None = (ticket, ask)
-            while head is not None and (grant := self._grant(*head, now)):
-                self._line.leave(head[0])
-                commands.append(grant)
-                head = self._line.head(ask.needs)
+        heads = [(ask.arrived, ticket, ask) for ticket, ask in self._line.heads()]
+        while heads:
+            _, ticket, ask = heappop(heads)
+            grant = self._grant(ticket, ask, now)
+            if grant is None:
+                continue  # and so for all who need the same
+            self._line.leave(ticket)
+            commands.append(grant)
+            if (head := self._line.head(ask.needs)) is not None:
+                heappush(heads, (head[1].arrived, *head))
         return commands
 
     def _grant(self, ticket: Ticket, ask: Ask, now: float) -> Grant | None:
@@ -198,7 +208,9 @@ class Dispatcher:
             return None
         if not len(self._fleet):
             return Refusal.ROOM_EMPTY
-        return Refusal.ENDPOINT_NOT_SERVED if self._fleet.knows(ask.needs.model) else Refusal.MODEL_NOT_FOUND
+        if self._fleet.knows(ask.needs.model):
+            return Refusal.ENDPOINT_NOT_SERVED
+        return Refusal.MODEL_AWAY if self._fleet.reticent else Refusal.MODEL_NOT_FOUND
 
     def _refuse_hopeless(self, now: float) -> list[Command]:
         commands: list[Command] = []
@@ -226,7 +238,8 @@ class Dispatcher:
             refusal=refusal,
             models=tuple(self._fleet.models()),
             retry_after=self._retry_after(now),
-            detail=self._fleet.condition_of(ask.needs, now),
+            detail=self._fleet.condition_of(ask.needs, now)
+            or "; ".join(f"{member.worker.id}: {member.unfit(now)}" for member in self._fleet.reticent),
         )
 
     def _retry_after(self, now: float) -> float:

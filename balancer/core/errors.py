@@ -99,6 +99,11 @@ class QueueFull(RequestError):
         self.retry_after = retry_after
 
 
+class ShuttingDown(RequestError):
+    status, code = 503, "shutting_down"
+    retry_after = 1.0
+
+
 class NoRoom(RequestError):
     status, code = 503, "no_worker_available"
 

@@ -5,7 +5,7 @@ The dispatcher owns one `Fleet` and is the only one to change it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from balancer.core.breaker import Breaker, BreakerPolicy
@@ -14,6 +14,8 @@ from balancer.core.model import Condition, ModelName, ModelOffer, Needs, Ticket,
 
 DEFAULT_SLOTS = 4
 """Where neither the worker nor its configuration says how much it takes at once (ROUTING 2, "Limits")."""
+
+FAILED_BEFORE = "failed this request before"
 
 
 @dataclass(slots=True)
@@ -97,10 +99,17 @@ class Fleet:
             running = self._departed.pop(worker.id, set())
             self._members[worker.id] = Member(worker, Breaker(self._breaker), running=running)
         elif member.worker.url != worker.url or member.worker.type != worker.type:
-            # Another address is another process, and possibly another machine. Running tickets stay
-            # counted here, since their holders give them back by worker id.
-            fresh = Member(worker, Breaker(self._breaker), running=member.running)
-            self._members[worker.id] = fresh
+            # Another address is another process, and possibly another machine: what was measured is void.
+            # What it serves stays known until it is heard of again, lest those who wait for it be turned
+            # away; what runs stays counted, since it is given back by worker id.
+            self._members[worker.id] = Member(
+                worker,
+                Breaker(self._breaker),
+                condition=member.condition,
+                lost="not heard of yet at its new address",
+                heard=member.heard,
+                running=member.running,
+            )
         else:
             member.worker = worker
         self._index(worker.id)
@@ -140,7 +149,18 @@ class Fleet:
 
     @property
     def all_heard(self) -> bool:
+        """Each has reported, or was found not to answer: nobody's first word is still to be waited for."""
         return all(member.heard for member in self._members.values())
+
+    @property
+    def reticent(self) -> tuple[Member, ...]:
+        """Those that do not answer, or load, and never said what they serve: it may be anything."""
+        return tuple(
+            member
+            for member in self._members.values()
+            if not member.offers
+            and (member.lost is not None or member.condition is None or not member.condition.ready)
+        )
 
     def models(self) -> dict[ModelName, tuple[ModelOffer, ...]]:
         """Each model that is served, by name, with one offer per worker that serves it."""
@@ -158,50 +178,40 @@ class Fleet:
     def eligible(self, needs: Needs, now: float) -> Eligible:
         """The filters, in the order in which their reasons tell most."""
         excluded: dict[WorkerId, str] = {}
-        serving = self._serving(needs, excluded)
-        alive: list[Member] = []
-        for member in serving:
-            reason = member.unfit(now)
-            if reason is None:
-                alive.append(member)
-            else:
-                excluded[member.worker.id] = reason
-        admitted = [member for member in alive if member.breaker.admits(now)]
-        if not admitted:
-            # Every breaker is open: better a doubtful worker than none (RELIABILITY D6, fail open).
-            admitted = alive
-        else:
-            for member in alive:
-                if not member.breaker.admits(now):
-                    excluded[member.worker.id] = f"breaker {member.breaker.phase}"
-        roomy = [member for member in admitted if member.room > 0]
-        for member in admitted:
-            if member.room <= 0:
-                excluded[member.worker.id] = "no room"
-        return Eligible(tuple(roomy), excluded)
+
+        def keep(members: list[Member], fault: Callable[[Member], str | None]) -> list[Member]:
+            kept = []
+            for member in members:
+                reason = fault(member)
+                if reason is None:
+                    kept.append(member)
+                else:
+                    excluded[member.worker.id] = reason
+            return kept
+
+        alive = keep(self._able(needs), lambda member: member.unfit(now))
+        # Where every breaker is open: better a doubtful worker than none (RELIABILITY D6, fail open).
+        if any(member.breaker.admits(now) for member in alive):
+            alive = keep(alive, lambda member: _tripped(member, now))
+        # Those who failed it before are asked again only where no other is well, were it only busy.
+        if any(member.worker.id not in needs.avoid for member in alive):
+            alive = keep(alive, lambda member: FAILED_BEFORE if member.worker.id in needs.avoid else None)
+        return Eligible(tuple(keep(alive, lambda member: None if member.room > 0 else "no room")), excluded)
 
     def condition_of(self, needs: Needs, now: float) -> str:
         """For people: how the workers that serve this are, `studio: loading; mini: connection refused`."""
         told = []
-        for member in self._serving(needs, {}):
-            reason = member.unfit(now)
-            if reason is None:
-                reason = "busy" if member.room <= 0 else f"breaker {member.breaker.phase}"
+        for member in self._able(needs):
+            reason = member.unfit(now) or ("busy" if member.room <= 0 else f"breaker {member.breaker.phase}")
             told.append(f"{member.worker.id}: {reason}")
         return "; ".join(told)
 
-    def _serving(self, needs: Needs, excluded: dict[WorkerId, str]) -> list[Member]:
-        able = [
-            worker_id
+    def _able(self, needs: Needs) -> list[Member]:
+        return [
+            self._members[worker_id]
             for worker_id, offer in self._by_model.get(needs.model, {}).items()
             if needs.endpoint in offer.endpoints
         ]
-        untried = [worker_id for worker_id in able if worker_id not in needs.avoid]
-        if untried:
-            for worker_id in able:
-                if worker_id in needs.avoid:
-                    excluded[worker_id] = "failed this request before"
-        return [self._members[worker_id] for worker_id in untried or able]
 
     def _index(self, worker_id: WorkerId) -> None:
         for name in [name for name, offers in self._by_model.items() if worker_id in offers]:
@@ -211,3 +221,7 @@ class Fleet:
         if member := self._members.get(worker_id):
             for offer in member.offers:
                 self._by_model.setdefault(offer.name, {})[worker_id] = offer
+
+
+def _tripped(member: Member, now: float) -> str | None:
+    return None if member.breaker.admits(now) else f"breaker {member.breaker.phase}"

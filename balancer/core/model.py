@@ -28,7 +28,7 @@ class Needs:
     model: ModelName
     endpoint: Endpoint
     avoid: frozenset[WorkerId] = frozenset()
-    """Workers that failed this request before; void when nobody else serves the model."""
+    """Workers that failed this request before; they are asked again only when no other one is well."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +40,8 @@ class Ask:
     """Seconds on the caller's clock; a retry keeps its first arrival, and with it its place in line."""
     deadline: float
     """When waiting for room ends in a refusal, on the same clock."""
+    admitted: bool = False
+    """It was let in before (this is a retry): a line that is full by now does not turn it away."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,6 +235,8 @@ class Refusal(Enum):
     """Why an ask is turned away."""
 
     MODEL_NOT_FOUND = "model_not_found"
+    MODEL_AWAY = "model_away"
+    """Nobody serves it; but some worker that never said what it serves does not answer at present."""
     ROOM_EMPTY = "room_empty"
     ENDPOINT_NOT_SERVED = "endpoint_not_served"
     QUEUE_FULL = "queue_full"

@@ -28,6 +28,8 @@ class Cause(Enum):
     """It failed after a part of the answer had reached the client: too late to start over."""
     OVERDUE = "overdue"
     """The time that a request may take as a whole is over."""
+    LEFT = "client_left"
+    """The client went away while the worker was at it."""
     REJECTED = "rejected"
     """The worker read the request and says that the request is wrong."""
 
@@ -47,6 +49,7 @@ CAUSES: dict[Cause, Consequence] = {
     Cause.LOST: Consequence(Verdict.BAD, again=True),
     Cause.CUT: Consequence(Verdict.BAD, again=False),
     Cause.OVERDUE: Consequence(Verdict.UNKNOWN, again=False),
+    Cause.LEFT: Consequence(Verdict.UNKNOWN, again=False),
     Cause.REJECTED: Consequence(Verdict.UNKNOWN, again=False),
 }
 

@@ -21,6 +21,12 @@ Json = dict[str, Any]
 
 DONE = b"[DONE]"
 MAX_MESSAGES = 2000
+MAX_PARTS = 2000
+"""Of the content of one message."""
+MAX_INPUTS = 2048
+"""Texts in one request for embeddings or completions: OpenAI's own limit."""
+MAX_INPUT_TOKENS = 100_000
+"""Of a prompt that comes as tokens: walking through more would hold up the loop (about 1 ms for so many)."""
 MAX_CHOICES = 8
 
 
@@ -54,8 +60,24 @@ def _is_texts(value: Any) -> bool:
 
 
 def _is_tokens(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(item, int) and not isinstance(item, bool) for item in value
+    return (
+        isinstance(value, list)
+        and 0 < len(value) <= MAX_INPUT_TOKENS
+        and all(type(item) is int for item in value)
+    )
+
+
+def _is_prompt(value: Any) -> bool:
+    if not isinstance(value, list):
+        return isinstance(value, str)
+    if _is_tokens(value):
+        return True
+    if not 0 < len(value) <= MAX_INPUTS:
+        return False
+    return _is_texts(value) or (
+        all(isinstance(item, list) for item in value)
+        and sum(map(len, value)) <= MAX_INPUT_TOKENS
+        and all(_is_tokens(item) for item in value)
     )
 
 
@@ -72,15 +94,8 @@ STOPS = Expectation(
     lambda value: isinstance(value, str) or (_is_texts(value) and len(value) <= 16),
 )
 PROMPT = Expectation(
-    "a string, an array of strings, or an array of tokens",
-    lambda value: (
-        isinstance(value, str)
-        or (
-            isinstance(value, list)
-            and bool(value)
-            and (_is_texts(value) or _is_tokens(value) or all(_is_tokens(item) and item for item in value))
-        )
-    ),
+    f"a string, an array of at most {MAX_INPUTS} strings, or arrays of {MAX_INPUT_TOKENS} tokens in all",
+    _is_prompt,
 )
 TOKEN_LIMIT = _integer(1, 10_000_000)
 
@@ -148,18 +163,22 @@ class Request:
     endpoint: Endpoint
     model: ModelName
     fields: Json
-    """What of it goes to a worker; without model and stream."""
+    """What of it goes to a worker; without model, stream and its options."""
+    body: bytes
+    """The same, written: large, and the same for every attempt."""
+    choices: int
+    """How many answers are asked for."""
     stream: bool
+    stream_options: Json
     usage_wanted: bool
     """The client asked for the usage event at the end of a stream."""
 
     def to_worker(self, model: str, *, stream: bool) -> bytes:
         """The body for a worker that calls the model so. Streams always end with their usage."""
-        body = {"model": model, **self.fields}
+        head: Json = {"model": model}
         if stream:
-            options = self.fields.get("stream_options") or {}
-            body |= {"stream": True, "stream_options": {**options, "include_usage": True}}
-        return orjson.dumps(body)
+            head |= {"stream": True, "stream_options": {**self.stream_options, "include_usage": True}}
+        return orjson.dumps(head)[:-1] + b"," + self.body[1:]
 
 
 def parse(endpoint: Endpoint, body: bytes) -> Request:
@@ -193,10 +212,26 @@ def parse(endpoint: Endpoint, body: bytes) -> Request:
     stream = bool(kept.pop("stream", False))
     if "stream_options" in kept and not stream:
         raise BadRequest("'stream_options' is only allowed when 'stream' is true.", param="stream_options")
-    usage_wanted = bool(kept.get("stream_options", {}).get("include_usage"))
+    options = kept.pop("stream_options", {})
+    try:
+        written = orjson.dumps(kept)
+        orjson.dumps(options)
+    except orjson.JSONEncodeError:  # it reads deeper than it writes
+        raise BadRequest("The request is nested too deeply.") from None
     return Request(
-        endpoint=endpoint, model=ModelName(model), fields=kept, stream=stream, usage_wanted=usage_wanted
+        endpoint=endpoint,
+        model=ModelName(model),
+        fields=kept,
+        body=written,
+        choices=kept.get("n", 1) * _count_prompts(kept.get("prompt")),
+        stream=stream,
+        stream_options=options,
+        usage_wanted=bool(options.get("include_usage")),
     )
+
+
+def _count_prompts(prompt: Any) -> int:
+    return len(prompt) if isinstance(prompt, list) and not isinstance(prompt[0], int) else 1
 
 
 def _check_messages(messages: list[Json]) -> None:
@@ -211,6 +246,10 @@ def _check_messages(messages: list[Json]) -> None:
         if content is None:
             if message["role"] != "assistant":
                 raise BadRequest(f"'{where}.content' is missing.", param=f"{where}.content")
+        elif isinstance(content, list) and len(content) > MAX_PARTS:
+            raise BadRequest(
+                f"'{where}.content' has {len(content)} parts, at most {MAX_PARTS}.", param=f"{where}.content"
+            )
         elif not isinstance(content, str) and not OBJECTS.holds(content):
             raise BadRequest(
                 f"'{where}.content' must be a string or an array of content parts.", param=f"{where}.content"
@@ -222,6 +261,7 @@ def _check_messages(messages: list[Json]) -> None:
 _FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
 _ERROR = re.compile(rb'^\s*\{\s*"error"\s*:')
 _USAGE = b'"usage"'
+REPORTS_ERROR = "it reports an error where an answer should be"
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +272,12 @@ class Usage:
 
 class AnswerError(Exception):
     """What came is not an answer: the worker reports an error in its place, or it makes no sense."""
+
+    def __init__(self, detail: str, words: str = "") -> None:
+        """`words`: the worker's own. They may quote the request, so they are for its client alone."""
+        super().__init__(detail)
+        self.detail = detail
+        self.words = words
 
 
 @dataclass(slots=True)
@@ -244,16 +290,24 @@ class StreamReader:
     model: str
     """The public name: what the worker calls the model does not reach the client."""
     usage_wanted: bool
+    choices: int = 1
+    """How many answers are asked for."""
     begun: bool = False
     """Something of the answer itself has come. What comes before (a role, nothing yet) can be had again."""
-    finished: bool = False
-    """A `finish_reason` was seen: the answer is whole."""
     done: bool = False
     """`[DONE]` was seen: nothing follows."""
+    finishes: int = 0
+    """How often a `finish_reason` was seen: once for each choice that is whole."""
     usage: Usage = field(default_factory=Usage)
     _their_model: re.Pattern[bytes] | None = None
     _our_model: bytes = b""
     _looked: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        """The answer is all there. Neither a closed connection nor a bare `[DONE]` shows that, only a
+        `finish_reason`; `[DONE]` stands in for those of further choices, which some engines do not give."""
+        return self.finishes >= (1 if self.done else self.choices)
 
     def read(self, event: bytes) -> bytes | None:
         """Raises `AnswerError`."""
@@ -261,10 +315,10 @@ class StreamReader:
             self.done = True
             return None
         if _ERROR.match(event):
-            raise AnswerError(error_message(event))
+            raise AnswerError(REPORTS_ERROR, error_message(event))
         if self.begun and _USAGE not in event:
-            if not self.finished and _FINISHED.search(event):
-                self.finished = True
+            if _FINISHED.search(event):
+                self.finishes += 1
             return self._renamed(event)
         return self._read_closely(event)
 
@@ -274,7 +328,7 @@ class StreamReader:
             self._learn_name(chunk)
         choices = chunk["choices"]
         self.begun = self.begun or any(_says_something(choice) for choice in choices)
-        self.finished = self.finished or any(choice.get("finish_reason") for choice in choices)
+        self.finishes += sum(bool(choice.get("finish_reason")) for choice in choices)
         if chunk.get("usage"):
             self.usage = read_usage(chunk)
             if not choices and not self.usage_wanted:
@@ -322,7 +376,8 @@ class Assembly:
                 self._head.setdefault(key, value)
         for choice in chunk["choices"]:
             index = choice.get("index", 0)
-            merge(self._choices.setdefault(index, {}), {k: v for k, v in choice.items() if k != "index"})
+            part = {key: value for key, value in choice.items() if key != "index"}
+            merge(self._choices.setdefault(index, {}), part)
 
     def result(self) -> Json:
         """The answer as it would have come in one piece."""
@@ -338,7 +393,7 @@ class Assembly:
 def _chat_choice(index: int, choice: Json) -> Json:
     message = {"role": "assistant", "content": None, **choice.get("delta", {})}
     calls = message.get("tool_calls")
-    if calls:
+    if calls and OBJECTS.holds(calls):
         message["tool_calls"] = [{k: v for k, v in call.items() if k != "index"} for call in calls]
     elif message["content"] is None:
         message["content"] = ""
@@ -358,17 +413,19 @@ def merge(whole: Json, part: Json) -> None:
     for key, value in part.items():
         if value is None:
             continue
-        before = whole.get(key)
-        if isinstance(value, str) and isinstance(before, str) and key not in _SAID_ONCE:
-            whole[key] = before + value
-        elif isinstance(value, dict):
-            target = before if isinstance(before, dict) else whole.setdefault(key, {})
-            merge(target, value)
-        elif isinstance(value, list):
-            items = before if isinstance(before, list) else whole.setdefault(key, [])
-            _merge_items(items, value)
-        else:
-            whole[key] = value
+        match whole.get(key), value:
+            case str(before), str() if key not in _SAID_ONCE:
+                whole[key] = before + value
+            case dict(before), dict():
+                merge(before, value)
+            case list(before), list():
+                _merge_items(before, value)
+            case None, list():
+                _merge_items(whole.setdefault(key, []), value)
+            case None, dict():
+                merge(whole.setdefault(key, {}), value)
+            case _:  # numbers, what is said once, and pieces that do not fit together: the last one counts
+                whole[key] = value
 
 
 def _merge_items(whole: list[Any], part: Iterable[Any]) -> None:
@@ -390,11 +447,20 @@ def parse_chunk(event: bytes) -> Json:
     if not isinstance(chunk, dict):
         raise AnswerError("an event of its stream is not an object")
     if chunk.get("error"):
-        raise AnswerError(error_message(event))
+        raise AnswerError(REPORTS_ERROR, error_message(event))
     choices = chunk.setdefault("choices", [])
-    if not OBJECTS.holds(choices):
+    if not OBJECTS.holds(choices) or not all(map(_is_choice, choices)):
         raise AnswerError("an event of its stream has no proper choices")
     return chunk
+
+
+def _is_choice(choice: Json) -> bool:
+    delta, index = choice.get("delta"), choice.get("index", 0)
+    if type(index) is not int or not 0 <= index < MAX_CHOICES * MAX_INPUTS:
+        return False
+    if delta is None:
+        return isinstance(choice.get("text", ""), str)
+    return isinstance(delta, dict) and OBJECTS.holds(delta.get("tool_calls") or [])
 
 
 def parse_whole(body: bytes, model: str) -> tuple[Json, Usage]:
@@ -404,7 +470,7 @@ def parse_whole(body: bytes, model: str) -> tuple[Json, Usage]:
     except orjson.JSONDecodeError:
         raise AnswerError("its answer is not JSON") from None
     if not isinstance(answer, dict) or not ("choices" in answer or "data" in answer):
-        raise AnswerError(error_message(body))
+        raise AnswerError(REPORTS_ERROR, error_message(body))
     return answer | {"model": model}, read_usage(answer)
 
 

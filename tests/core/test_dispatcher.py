@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from balancer.core.admission import AdmissionPolicy
 from balancer.core.breaker import BreakerPolicy, Phase
 from balancer.core.dispatcher import Dispatcher, DispatchPolicy
+from balancer.core.fleet import FAILED_BEFORE
 from balancer.core.model import (
     Abandon,
     Arrived,
@@ -133,10 +134,54 @@ def test_a_model_is_waited_for_while_the_room_is_still_being_heard():
 
 
 def test_a_worker_that_was_never_reached_does_not_keep_askers_of_unknown_models_waiting():
+    """But it may have the model: so they are told to come again, not that there is no such model."""
     room = Room().with_worker("a", "m")
     room.tell(Seen(worker("dead")))
     assert room.arrive(1, "nothing") == []
-    assert refused(room.tell(Lost(WorkerId("dead"), "connection refused"))) == [Refusal.MODEL_NOT_FOUND]
+    (refuse,) = room.tell(Lost(WorkerId("dead"), "connection refused"))
+    assert (refuse.refusal, refuse.detail) == (Refusal.MODEL_AWAY, "dead: connection refused")
+
+
+def test_a_worker_that_moves_is_waited_for_with_what_it_served():
+    room = Room().with_worker("a", "m")
+    room.tell(Lost(WorkerId("a"), "connection refused"))
+    assert room.arrive(1) == []
+    assert room.tell(Seen(worker("a", port=2))) == []
+    assert room.tell(Lost(WorkerId("a"), "connection refused")) == []
+    assert granted(room.tell(Reported(WorkerId("a"), condition("m")))) == [(1, "a")]
+
+
+def test_a_retry_does_not_wait_for_a_rival_that_is_dead():
+    room = Room().with_worker("a", "m").with_worker("dead", "m")
+    room.tell(Lost(WorkerId("dead"), "connection refused"))
+    assert granted(room.arrive(1, avoid=frozenset({"a"}))) == [(1, "a")]
+
+
+def test_a_retry_does_not_prefer_a_broken_rival_to_one_failure():
+    room = Room(breaker=BreakerPolicy(trip_after=1)).with_worker("broken", "m")
+    room.arrive(1)
+    room.end(1, Verdict.BAD)
+    room.with_worker("a", "m")
+    assert granted(room.arrive(2, avoid=frozenset({"a"}))) == [(2, "a")]
+
+
+def test_a_retry_is_not_turned_away_by_a_line_that_filled_meanwhile():
+    room = Room(admission=AdmissionPolicy(max_waiting=1)).with_worker("a", "m", cap=1)
+    room.arrive(1)
+    room.arrive(2)
+    again = Ask(needs=ask().needs, arrived=0, deadline=30, admitted=True)
+    assert room.tell(Arrived(Ticket(3), again)) == []
+
+
+def test_room_goes_to_the_oldest_first_whatever_the_model():
+    room = Room().with_worker("a", "m", "n", cap=2)
+    room.arrive(1)
+    room.arrive(2)
+    for number, model in ((3, "m"), (4, "n"), (5, "m")):
+        room.now += 1
+        room.arrive(number, model)
+    room.tell(Seen(worker("a", cap=3)))
+    assert [ticket for ticket, _ in granted(room.end(1))] == [4]
 
 
 def test_an_empty_room_says_so():
@@ -317,8 +362,8 @@ class AnyHistory(RuleBasedStateMachine):
                     weights = [candidate.weight for candidate in choice.candidates]
                     assert all(0 <= weight < float("inf") for weight in weights)
                     if granted_worker.id in asked.needs.avoid:
-                        others = self.serving(asked.needs) - asked.needs.avoid
-                        assert not others
+                        for other in self.serving(asked.needs) - asked.needs.avoid:
+                            assert choice.excluded[other] not in ("no room", FAILED_BEFORE)
                     held = sum(name == granted_worker.id for name in self.running.values())
                     assert held <= self.limits[granted_worker.id]
                 case Refuse(ticket=ticket):

@@ -29,7 +29,7 @@ def test_no_retries_where_they_are_switched_off():
     assert after(RetryPolicy(max_retries=0), tried(Cause.BROKE), chance=0.5) is None
 
 
-@pytest.mark.parametrize("cause", [Cause.CUT, Cause.REJECTED, Cause.OVERDUE])
+@pytest.mark.parametrize("cause", [Cause.CUT, Cause.REJECTED, Cause.OVERDUE, Cause.LEFT])
 def test_there_is_no_second_try_for(cause):
     assert after(POLICY, tried(cause), chance=0.5) is None
 

@@ -118,6 +118,62 @@ def test_any_body_is_either_a_request_or_the_clients_fault(body, endpoint):
         assert orjson.loads(request.to_worker("m", stream=True))["stream"] is True
 
 
+def test_a_request_that_is_nested_deeper_than_can_be_written_is_the_clients_fault():
+    schema: dict = {}
+    for _ in range(300):
+        schema = {"a": schema}
+    with pytest.raises(BadRequest, match="nested"):
+        parsed(response_format=schema)
+
+
+@pytest.mark.parametrize(
+    "prompt", [[], [[]], [""] * 3000, [[1]] * 3000, [[1] * 90_000] * 2, [1] * 100_001, [1, "a"], [None], {}]
+)
+def test_a_prompt_beyond_all_bounds_is_the_clients_fault(prompt):
+    with pytest.raises(BadRequest) as caught:
+        parse(Endpoint.EMBEDDINGS, json.dumps({"model": "m", "input": prompt}).encode())
+    assert caught.value.param == "input"
+
+
+def test_it_is_known_how_many_answers_are_asked_for():
+    def choices(**more) -> int:
+        return parse(Endpoint.COMPLETIONS, json.dumps({"model": "m"} | more).encode()).choices
+
+    assert choices(prompt="a") == choices(prompt=[1, 2]) == 1
+    assert choices(prompt=["a", "b"], n=3) == 6
+    assert parsed(n=2).choices == 2
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.text(max_size=3)
+anything = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=3), inner))
+
+
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "index": st.integers(0, 2),
+                "delta": st.dictionaries(
+                    st.sampled_from(["content", "role", "tool_calls", "x"]), anything, max_size=3
+                ),
+                "finish_reason": anything,
+                "logprobs": anything,
+            },
+        ),
+        max_size=6,
+    )
+)
+def test_any_pieces_are_put_together_or_are_an_error_of_the_worker(choices):
+    assembly = Assembly(CHAT, "m")
+    try:
+        for choice in choices:
+            assembly.add(json.dumps({"choices": [choice]}).encode())
+    except AnswerError:
+        return
+    orjson.dumps(assembly.result())
+
+
 @pytest.mark.parametrize("prompt", ["a", ["a", "b"], [1, 2], [[1], [2]]])
 def test_every_form_of_prompt_is_taken(prompt):
     body = json.dumps({"model": "m", "prompt": prompt, "input": prompt}).encode()
@@ -152,7 +208,7 @@ def test_an_answer_begins_with_its_first_word_and_ends_with_its_mark():
     states = []
     for data in STREAM:
         reader.read(data)
-        states.append((reader.begun, reader.finished, reader.done))
+        states.append((reader.begun, reader.is_whole, reader.done))
     assert states == [
         (False, False, False),
         (True, False, False),
@@ -162,6 +218,23 @@ def test_an_answer_begins_with_its_first_word_and_ends_with_its_mark():
         (True, True, True),
     ]
     assert (reader.usage.prompt_tokens, reader.usage.output_tokens) == (3, 2)
+
+
+def test_a_bare_end_mark_is_no_end():
+    reader = StreamReader("m", usage_wanted=True)
+    for data in (STREAM[0], STREAM[1], b"[DONE]"):
+        reader.read(data)
+    assert reader.done
+    assert not reader.is_whole
+
+
+def test_several_choices_are_whole_when_each_has_finished():
+    reader = StreamReader("m", usage_wanted=True, choices=2)
+    whole = []
+    for data in (chunk({"content": "a"}), chunk(finish="stop"), chunk(finish="stop")):
+        reader.read(data)
+        whole.append(reader.is_whole)
+    assert whole == [False, False, True]
 
 
 def test_a_client_that_did_not_ask_for_usage_does_not_get_its_event():
@@ -188,11 +261,23 @@ def test_a_workers_own_name_for_the_model_does_not_reach_the_client():
     ],
 )
 def test_an_error_in_a_stream_is_an_error(event):
-    with pytest.raises(AnswerError, match="out of memory"):
+    with pytest.raises(AnswerError) as caught:
         StreamReader("m", usage_wanted=True).read(event)
+    assert caught.value.words == "out of memory"
+    assert "out of memory" not in str(caught.value)
 
 
-@pytest.mark.parametrize("event", [b"garbage", b"[]", b'{"choices": 5}', b'{"choices": [5]}', b"\xff"])
+@pytest.mark.parametrize(
+    "event",
+    [
+        *(b"garbage", b"[]", b'{"choices": 5}', b'{"choices": [5]}', b"\xff"),
+        b'{"choices": [{"delta": "hi"}]}',
+        b'{"choices": [{"index": [0], "delta": {}}]}',
+        b'{"choices": [{"index": -1, "delta": {}}]}',
+        b'{"choices": [{"delta": {"tool_calls": ["x"]}}]}',
+        b'{"choices": [{"text": {}}]}',
+    ],
+)
 def test_garbage_where_an_answer_should_begin_is_an_error(event):
     with pytest.raises(AnswerError):
         StreamReader("m", usage_wanted=True).read(event)

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,11 +82,17 @@ class Command:
 
 
 @asynccontextmanager
-async def command(*words: str, output: Path, home: Path, **variables: str) -> AsyncIterator[Command]:
-    """`python -m ...` in an environment that holds nothing of the developer's; killed on leaving."""
+async def command(
+    *words: str, output: Path, home: Path, within: Sequence[str] = (), **variables: str
+) -> AsyncIterator[Command]:
+    """`python -m ...` in an environment that holds nothing of the developer's; killed on leaving.
+
+    `within`: a command that becomes ours without a process of its own, like `ip netns exec NAME`.
+    """
     environment = {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8"} | variables
     with output.open("wb") as file:
         process = await asyncio.create_subprocess_exec(
+            *within,
             sys.executable,
             "-m",
             *words,

@@ -9,7 +9,7 @@ import pytest
 
 from tests.e2e.conftest import OpenRoom, listed
 from tests.fakes.engine import FakeEngine, engine_process
-from tests.fakes.faults import OK, Fault
+from tests.fakes.faults import OK, Fault, Part
 from tests.fakes.speech import reference_text
 
 MESSAGES = [{"role": "user", "content": "Name some trees."}]
@@ -40,6 +40,7 @@ IN_THE_MIDDLE = {
     "it reports an error": Fault.error_event(at_token=5),
     "it reports an error and says that it is done": Fault.error_event(at_token=5, then_done=True),
     "it forgets the end": Fault.no_end(),
+    "it says that it is done and has not finished": Fault(omits=(Part.FINISH,)),
 }
 
 
@@ -190,6 +191,32 @@ async def test_a_request_has_its_time_and_no_more(open_room: OpenRoom):
         assert caught.value.status_code == 504
         await engine.idle()
         await room.idle()
+
+
+async def test_a_worker_that_never_says_a_word_is_found_out(open_room: OpenRoom):
+    async with FakeEngine() as mute, FakeEngine() as good:
+        async with open_room(mute, good, request_timeout=0.2, breaker_rest=60) as room:
+            mute.always(Fault.stall(at_token=0))
+            overdue = 0
+            for _ in range(40):
+                try:
+                    assert await ask(room.openai, stream=False) == TEXT
+                except openai.APIStatusError as error:
+                    assert error.status_code == 504
+                    overdue += 1
+            assert overdue == 3
+            assert room.worker("a").breaker == "open"
+            assert 'balancer_attempts_total{cause="overdue",worker="a"} 3.0' in await room.metrics()
+
+
+async def test_a_retry_goes_back_where_nobody_else_is_well(open_room: OpenRoom):
+    async with FakeEngine() as one, FakeEngine() as dead:
+        async with open_room(one, dead, max_wait=20) as room:
+            dead.die()
+            await room.until(lambda: room.worker("b").state == "lost", "the other is noticed to be gone")
+            one.script(Fault.status(500))
+            assert await ask(room.openai, stream=False) == TEXT
+            assert len(one.requests) == 2
 
 
 async def test_a_full_line_answers_429_and_says_when_to_come_back(open_room: OpenRoom):

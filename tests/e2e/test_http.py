@@ -144,6 +144,15 @@ async def test_no_prompt_and_no_answer_is_logged_or_measured(open_room: OpenRoom
         messages = [{"role": "user", "content": canary}]
         engine.script(Fault.status(500), Fault.close(at_token=3))
         await room.openai.chat.completions.create(model="fake", messages=messages)
+        engine.script(Fault.status(400, f"cannot parse {canary}"))
+        with pytest.raises(openai.BadRequestError, match=canary):
+            await room.openai.chat.completions.create(model="fake", messages=messages)
+        engine.always(Fault.status(500, f"choked on {canary}"))
+        with pytest.raises(openai.InternalServerError, match=canary):
+            await room.openai.chat.completions.create(model="fake", messages=messages)
+        engine.always(Fault.error_event(at_token=2, message=f"choked on {canary}"))
+        with pytest.raises(openai.InternalServerError, match=canary):
+            await room.openai.chat.completions.create(model="fake", messages=messages)
         with pytest.raises(openai.BadRequestError):
             await room.openai.chat.completions.create(
                 model="fake", messages=[{"role": canary, "content": ""}]
@@ -153,6 +162,51 @@ async def test_no_prompt_and_no_answer_is_logged_or_measured(open_room: OpenRoom
     ours = [record for record in caplog.records if record.name.startswith(("balancer", "aiohttp", "worker"))]
     assert ours
     assert not any(canary in record.getMessage() for record in ours)
+
+
+async def test_before_it_stops_it_finishes_what_is_under_way_and_takes_nothing_new(open_room: OpenRoom):
+    async with FakeEngine() as engine, open_room(engine) as room:
+        engine.script(Fault.stall(at_token=3))
+        running = asyncio.ensure_future(room.openai.chat.completions.create(**BODY))
+        await engine.stalled()
+        draining = asyncio.ensure_future(room.balancer.drain(app.Stop()))
+        status, error = 0, {}
+        while status != 503:
+            status, error = await post(room, json.dumps(BODY).encode())
+        assert error["code"] == "shutting_down"
+        async with room.http.get(f"{room.url}/readyz") as response:
+            assert response.status == 503
+        assert not draining.done()
+        engine.resume()
+        await draining
+        assert (await running).choices[0].finish_reason == "stop"
+
+
+async def test_asked_to_hurry_it_waits_for_nothing(open_room: OpenRoom):
+    async with FakeEngine() as engine, open_room(engine) as room:
+        engine.script(Fault.stall(at_token=3))
+        running = asyncio.ensure_future(room.openai.chat.completions.create(**BODY))
+        await engine.stalled()
+        stop = app.Stop()
+        draining = asyncio.ensure_future(room.balancer.drain(stop))
+        stop.signal()
+        assert not draining.done()
+        stop.signal()
+        await asyncio.wait_for(draining, 5)
+        running.cancel()
+
+
+async def test_more_than_can_be_held_at_once_is_refused(open_room: OpenRoom, monkeypatch):
+    monkeypatch.setattr(app, "FrontPolicy", functools.partial(app.FrontPolicy, max_held_bytes=300))
+    async with FakeEngine() as engine, open_room(engine) as room:
+        engine.script(Fault.stall(at_token=0))
+        first = asyncio.ensure_future(room.openai.chat.completions.create(**BODY))
+        await engine.stalled()
+        long = BODY | {"messages": [{"role": "user", "content": "x" * 280}]}
+        status, error = await post(room, json.dumps(long).encode())
+        assert (status, error["code"]) == (429, "queue_full")
+        engine.resume()
+        await first
 
 
 async def test_a_body_that_does_not_come_is_not_waited_for_forever(open_room: OpenRoom, monkeypatch):

@@ -56,6 +56,26 @@ async def test_an_agent_killed_during_twenty_requests_costs_no_answer(open_room:
         await doomed.until_nothing_is_left()
 
 
+async def test_an_agent_that_freezes_costs_no_answer(open_room: OpenRoom, tmp_path):
+    """Its sockets look open; only its reports fall silent."""
+    async with open_room() as room, agent(room, tmp_path, "frozen") as frozen, agent(room, tmp_path, "other"):
+        asked = [
+            asyncio.ensure_future(
+                room.openai.chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=16)
+            )
+            for _ in range(4)
+        ]
+        await room.until(lambda: room.worker("frozen").running == 2, "the frozen one is at work")
+        frozen.send(signal.SIGSTOP)
+        answers = await asyncio.gather(*asked)
+        assert all(answer.choices[0].message.content for answer in answers)
+        assert room.worker("frozen").state == "lost"
+        assert 'balancer_attempts_total{cause="lost",worker="frozen"}' in await room.metrics()
+        frozen.send(signal.SIGCONT)
+        await room.until(lambda: room.worker("frozen").state == "ready", "it is back")
+        await room.idle()
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 async def test_a_client_that_leaves_stops_the_real_engine(open_room: OpenRoom, tmp_path, stream: bool):
     """Asked for 1,500 tokens, which take this engine half a minute and more; idle long before."""

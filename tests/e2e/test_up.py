@@ -74,6 +74,34 @@ async def test_ctrl_c_during_the_start_leaves_nothing(tmp_path):
         await running.until_nothing_is_left()
 
 
+async def test_ctrl_c_lets_an_answer_finish_and_a_second_one_does_not(tmp_path):
+    """An answer of 600 tokens is under way; the one that is asked politely is awaited, the other cut."""
+    for polite in (True, False):
+        port = free_port()
+        folder = tmp_path / str(polite)
+        folder.mkdir()
+        async with up(folder, port) as running:
+            await running.until_it_says(STARTED)
+            running.look()
+            async with openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x") as client:
+                stream = await client.chat.completions.create(
+                    model="smollm2-135m-instruct",
+                    messages=[{"role": "user", "content": "Write a long story about a tree."}],
+                    max_tokens=60 if polite else 4000,
+                    stream=True,
+                )
+                await anext(stream)
+                running.send(signal.SIGINT)
+                await running.until_it_says("finishing 1 request")
+                if polite:
+                    chunks = [chunk async for chunk in stream]
+                    assert chunks[-1].choices[0].finish_reason in ("length", "stop")
+                else:
+                    running.send(signal.SIGINT)
+                assert await running.ended() == 0
+                await running.until_nothing_is_left()
+
+
 async def test_killed_without_a_word_it_takes_agent_and_engine_with_it(tmp_path):
     async with up(tmp_path, free_port()) as running:
         await running.until_it_says(STARTED)
