@@ -167,10 +167,14 @@ class Relay:
                     raise await _complaint(response)
                 if not stream or response.content_type != "text/event-stream":
                     return await self._whole(response, request, delivery, progress)
+                answer = None
                 if delivery is None:
-                    return await self._assembled(response, request, progress)
-                await self._streamed(response, request, worker, delivery, progress)
-                return None
+                    answer = await self._assembled(response, request, progress)
+                else:
+                    await self._streamed(response, request, worker, delivery, progress)
+                if kind.keep_alive:
+                    await response.rest()
+                return answer
         except UpstreamError as error:
             raise Failed(_CAUSES[type(error)], str(error)) from error
         except AnswerError as error:

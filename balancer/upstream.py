@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -17,6 +17,7 @@ from typing import Self
 import aiohttp
 
 LARGE_BODY_BYTES = 256 * 1024
+REST_SECONDS = 0.1
 
 
 class UpstreamError(Exception):
@@ -80,6 +81,14 @@ class Response:
             raise Silent(f"nothing came for {self._read_seconds:g} s") from None
         except (aiohttp.ClientError, ConnectionError) as error:
             raise Broke(f"the connection broke: {_name(error)}") from error
+
+    async def rest(self) -> None:
+        """Reads past what follows an answer that is through (its HTTP end, as a rule), so that the connection
+        can serve another; a worker that lets even that wait loses the connection."""
+        with suppress(TimeoutError, aiohttp.ClientError, ConnectionError):
+            async with asyncio.timeout(REST_SECONDS):
+                while await self._response.content.readany():
+                    pass
 
     async def whole(self, limit: int) -> bytes:
         """The body in one piece. Raises `Broke`, `Silent`; more than `limit` bytes count as broken."""

@@ -89,7 +89,8 @@ async def command(
 
     `within`: a command that becomes ours without a process of its own, like `ip netns exec NAME`.
     """
-    environment = {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8"} | variables
+    measuring = {name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")}
+    environment = {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8"} | measuring | variables
     with output.open("wb") as file:
         process = await asyncio.create_subprocess_exec(
             *within,

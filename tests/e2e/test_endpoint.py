@@ -189,3 +189,18 @@ async def test_a_long_paper_passes_as_it_is(open_room: OpenRoom):
         answer = await room.openai.chat.completions.create(model="fake", messages=paper)
         assert answer.choices[0].message.content == reference_text(paper, 16)
         assert engine.requests[0].body["messages"] == paper
+
+
+async def test_a_worker_that_keeps_connections_is_asked_over_one_of_them(open_room: OpenRoom):
+    async with FakeEngine() as engine:
+        async with open_room(listed(engine, "box", type="ollama")) as room:
+            await room.ready()
+            for stream in (False, True):
+                before = engine.connections
+                for _ in range(5):
+                    answer = await room.openai.chat.completions.create(
+                        model="fake", messages=MESSAGES, stream=stream
+                    )
+                    if stream:
+                        assert len([chunk async for chunk in answer]) > 16
+                assert engine.connections - before <= 2  # one of them may be a probe's

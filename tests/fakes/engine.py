@@ -433,6 +433,8 @@ class FakeEngine:
     """The most requests that were open at one moment: above `slots`, somebody sent too many."""
     stalling: int = field(init=False, default=0)
     """Requests that stand at a `Fault.stall` now."""
+    connections: int = field(init=False, default=0)
+    """How many were ever made to it."""
     open: int = field(init=False, default=0)
     """Inference requests that have arrived and not ended, those with a scripted error included."""
 
@@ -549,6 +551,7 @@ class FakeEngine:
         return bound
 
     def _welcome(self, connection: _Connection) -> None:
+        self.connections += 1
         task = asyncio.get_running_loop().create_task(self._converse(connection))
         self._connections[connection] = task  # kept until it is done, whichever way
         task.add_done_callback(lambda _: self._part_from(connection))
