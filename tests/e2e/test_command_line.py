@@ -1,0 +1,111 @@
+"""The commands that are not servers, as processes: what they print and the status they end with."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import OpenRoom, free_port, listed
+from tests.e2e.processes import command
+from tests.fakes.engine import FakeEngine
+
+
+async def balancer(tmp_path: Path, *words: str, **variables: str) -> tuple[int, str]:
+    async with command(
+        "balancer", *words, output=tmp_path / "out.txt", home=tmp_path, **variables
+    ) as running:
+        status = await running.ended()
+        return status, running.text()
+
+
+BROKEN = {
+    "a missing comma": (
+        '{"workers": [\n  {"host": "a"}\n  {"host": "b"}\n]}',
+        ":3:3: ",
+        "expected a comma",
+    ),
+    "an unknown key": (
+        '{"workers": [{"host": "a", "prot": 1}]}',
+        ':1:28: unknown key "prot"',
+        'did you mean "port"?',
+    ),
+    "a wrong type": (
+        '{"workers": [{"host": "a", "port": "x"}]}',
+        ':1:36: "port" is "x"',
+        "expected a whole number from 1 to 65535",
+    ),
+    "an id twice": (
+        '{"workers": [{"id": "a", "host": "b"},\n{"id": "a", "host": "c"}]}',
+        ":2:8: ",
+        'the id "a" is taken by the worker of line 1',
+    ),
+    "a key in plain sight": (
+        '{"workers": [{"host": "a", "api_key": "sk-secret"}]}',
+        ":1:39: ",
+        '{"env": "NAME"}',
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "place", "expected"), BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize(
+    "words", [("config", "check"), ("serve", "--no-mdns", "--config")], ids=["check", "serve"]
+)
+async def test_a_broken_file_is_told_by_line_and_column(tmp_path, words, text, place, expected):
+    file = tmp_path / "balancer.json"
+    file.write_text(text)
+    status, said = await balancer(tmp_path, *words, str(file))
+    assert status == 2
+    assert f"{file}{place}" in said
+    assert expected in said
+    assert "sk-secret" not in said
+    assert "Traceback" not in said
+
+
+async def test_a_file_that_is_fine_is_said_to_be(tmp_path):
+    file = tmp_path / "balancer.json"
+    file.write_text('{"workers": [{"host": "a"},],} // as people write it')
+    assert await balancer(tmp_path, "config", "check", str(file)) == (0, f"{file}: fine, 1 worker\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("HEALTH_CHECK_INTERVAL", "abc"),
+        ("MAX_RETRIES", "-1"),
+        ("LOG_LEVEL", "loud"),
+        ("BALANCER_PORT", "0x1"),
+    ],
+)
+async def test_a_bad_variable_is_named(tmp_path, name, value):
+    status, said = await balancer(tmp_path, "serve", "--no-mdns", **{name: value})
+    assert status == 2
+    assert name in said
+    assert value in said
+    assert "expected" in said
+    assert "Traceback" not in said
+
+
+async def test_the_room_is_shown_for_people_and_for_scripts(open_room: OpenRoom, tmp_path):
+    async with FakeEngine() as engine:
+        async with open_room(listed(engine, "studio [bold]", model="fake")) as room:
+            await room.ready()
+            status, said = await balancer(tmp_path, "workers", "--url", room.url, COLUMNS="200")
+            assert status == 0
+            assert "studio [bold]" in said
+            assert "0 waiting, 0 running" in said
+            status, said = await balancer(tmp_path, "workers", "--json", BALANCER_URL=room.url)
+            assert json.loads(said)["workers"][0]["models"] == ["fake"]
+
+
+async def test_a_balancer_that_does_not_run_is_said_so(tmp_path):
+    status, said = await balancer(tmp_path, "workers", "--url", f"http://127.0.0.1:{free_port()}")
+    assert status == 2
+    assert "is it running?" in said
+    assert "Traceback" not in said
+
+
+async def test_the_version_is_printed(tmp_path):
+    status, said = await balancer(tmp_path, "version")
+    assert status == 0
+    assert said.strip().count(".") == 2
