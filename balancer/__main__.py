@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
+from urllib.parse import quote
 
 import aiohttp
 import orjson
@@ -52,6 +53,7 @@ DataOption = Annotated[
 MdnsOption = Annotated[
     bool | None, typer.Option("--mdns/--no-mdns", help="Find worker agents on the local network.")
 ]
+UrlOption = Annotated[str, typer.Option(envvar="BALANCER_URL", help="The running balancer.")]
 LogOption = Annotated[str | None, typer.Option("--log-level", help="DEBUG, INFO, WARNING or ERROR.")]
 
 
@@ -152,18 +154,11 @@ async def _serve(settings: Settings, stop: Stop) -> None:
 
 @app.command()
 def workers(
-    url: Annotated[
-        str, typer.Option(envvar="BALANCER_URL", help="The running balancer.")
-    ] = "http://127.0.0.1:4000",
+    url: UrlOption = "http://127.0.0.1:4000",
     json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Show the workers of a running balancer and how they are."""
-    try:
-        room = asyncio.run(_get(f"{url.rstrip('/')}/health"))
-    except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-        _fail(
-            f"no balancer answers at {url} ({type(error).__name__}): is it running? `balancer up` starts one"
-        )
+    room = _ask(url, "/health")
     if json:
         print(orjson.dumps(room, option=orjson.OPT_INDENT_2).decode())  # noqa: T201
         return
@@ -180,13 +175,65 @@ def workers(
     console.print(f"{room['waiting']} waiting, {room['running']} running")
 
 
+@app.command()
+def why(
+    request_id: Annotated[
+        str, typer.Argument(metavar="ID", help="The X-Request-ID of an answer, or from the balancer's log.")
+    ],
+    url: UrlOption = "http://127.0.0.1:4000",
+    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Say why a finished request went to the worker that it went to."""
+    told = _ask(url, f"/admin/requests/{quote(request_id, safe='')}/why")
+    if json:
+        print(orjson.dumps(told, option=orjson.OPT_INDENT_2).decode())  # noqa: T201
+        return
+    console = Console()
+    error = f" {told['error']}" if told["error"] else ""
+    console.print(
+        Text(
+            f"{told['endpoint']} {told['model']}: {told['status']}{error}, {told['seconds']:.3f} s, "
+            f"of which {told['queue_seconds']:.3f} s in line"
+        )
+    )
+    for number, attempt in enumerate(told["attempts"], 1):
+        detail = f" ({attempt['detail']})" if attempt["detail"] else ""
+        console.print(
+            Text(f"\nattempt {number}: {attempt['worker']}, {attempt['ended']}{detail}", style="bold")
+        )
+        table = Table("worker", "chance", "weight", "because")
+        for candidate in attempt["candidates"]:
+            scores = ", ".join(f"{name} {score:g}" for name, score in candidate["scores"].items())
+            table.add_row(
+                Text(candidate["worker"]), f"{candidate['share']:.0%}", f"{candidate['weight']:g}", scores
+            )
+        for name, reason in attempt["excluded"].items():
+            table.add_row(Text(name), "0%", "-", Text(reason))
+        console.print(table)
+
+
+def _ask(url: str, path: str) -> dict[str, Any]:
+    """What a running balancer answers; ends the command with a sentence where it does not."""
+    try:
+        return asyncio.run(_get(f"{url.rstrip('/')}{path}"))
+    except aiohttp.ClientResponseError as error:
+        _fail(error.message, status=1)
+    except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+        _fail(
+            f"no balancer answers at {url} ({type(error).__name__}): is it running? `balancer up` starts one"
+        )
+
+
 async def _get(url: str) -> dict[str, Any]:
     async with (
         aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10)) as session,
         session.get(url) as response,
     ):
-        response.raise_for_status()
         answer: dict[str, Any] = orjson.loads(await response.read())
+        if response.status != 200:
+            raise aiohttp.ClientResponseError(
+                response.request_info, (), status=response.status, message=answer["error"]["message"]
+            )
         return answer
 
 

@@ -23,6 +23,7 @@ from balancer.core.placement import PlacementPolicy
 from balancer.core.retry import RetryPolicy
 from balancer.discovery import Browser, NotAdmitted, Roster, own_interfaces
 from balancer.front import Front, FrontPolicy
+from balancer.history import History
 from balancer.journey import Journey, JourneyPolicy, Observer
 from balancer.leases import TICK_SECONDS, Leases
 from balancer.metrics import Metrics
@@ -124,7 +125,8 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
                 raise Conflict(f"{refused}.") from refused
 
         metrics = Metrics(leases.snapshot, leases.serves) if settings.enable_metrics else None
-        observers: list[Observer] = [log_served]
+        history = History()
+        observers: list[Observer] = [log_served, history.observe]
         if metrics is not None:
             observers.append(metrics.observe)
         headers: Mapping[WorkerId, Mapping[str, str]] = {
@@ -155,6 +157,7 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
             ),
             snapshot=leases.snapshot,
             join=join,
+            find=history.find,
             metrics=metrics,
         )
         await stack.enter_async_context(_ticking(leases.tick, TICK_SECONDS))

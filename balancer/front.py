@@ -30,9 +30,10 @@ from balancer.core.errors import (
     ShuttingDown,
     UnsupportedMedia,
 )
-from balancer.core.model import Endpoint, ModelName, Worker
+from balancer.core.model import Endpoint, ModelName, Served, Worker
 from balancer.dialects import openai
 from balancer.dialects.framing import event
+from balancer.history import share_of, why
 from balancer.journey import ClientLeft, Journey, Story
 from balancer.metrics import CONTENT_TYPE, Metrics
 from worker_agent.sources import Sources
@@ -71,14 +72,16 @@ class Front:
         *,
         snapshot: Callable[[], Snapshot],
         join: Callable[[Join, str], None],
+        find: Callable[[str], Served | None],
         metrics: Metrics | None,
     ) -> None:
-        """`join`: what to do with an agent that asks to be watched, and its address. `metrics`: None
-        where they are switched off."""
+        """`join`: what to do with an agent that asks to be watched, and its address. `find`: a finished
+        request by its id. `metrics`: None where they are switched off."""
         self._journey = journey
         self._policy = policy
         self._snapshot = snapshot
         self._join = join
+        self._find = find
         self._metrics = metrics
         self.draining = False
         """Set when the balancer is about to end: nothing new is taken, connections are not kept."""
@@ -93,6 +96,7 @@ class Front:
         app.router.add_get("/health", self._health)
         app.router.add_get("/readyz", self._ready)
         app.router.add_get("/metrics", self._scrape)
+        app.router.add_get("/admin/requests/{id}/why", self._why)
         app.router.add_post(JOIN_PATH, self._joining)
         return app
 
@@ -218,6 +222,15 @@ class Front:
             raise NotFound("Metrics are switched off (ENABLE_METRICS=false).")
         return web.Response(body=self._metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
+    async def _why(self, request: web.Request) -> web.Response:
+        """Why a finished request went where it went. Holds no text of it."""
+        served = self._find(request.match_info["id"])
+        if served is None:
+            raise NotFound(
+                "No finished request of that id is remembered: it may be too long ago, or still under way."
+            )
+        return _json(why(served))
+
     async def _joining(self, request: web.Request) -> web.Response:
         try:
             join = parse_join(await self._body(request))
@@ -308,11 +321,16 @@ def _request_id(request: web.Request) -> str:
 
 
 def _headers(story: Story, attempts: int) -> dict[str, str]:
-    """Where the answer comes from. `attempts`: the one that answers included."""
+    """Where the answer comes from, and why. `attempts`: the one that answers included."""
+    reason = ""
+    if story.choice is not None:
+        share = share_of(story.choice, story.choice.worker_id)
+        reason = f"picked with a chance of {share:.0%} among {len(story.choice.candidates)}"
     return {
         REQUEST_ID_HEADER: story.request_id,
         "X-Balancer-Worker": story.worker.id if story.worker else "",
         "X-Balancer-Attempts": str(attempts),
+        "X-Balancer-Reason": reason,
         "X-Balancer-Queue-Ms": str(round(story.queue_seconds * 1000)),
     }
 

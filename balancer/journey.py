@@ -29,13 +29,13 @@ from balancer.core.model import (
     Ask,
     Attempt,
     Choice,
-    Measures,
     Needs,
     Refusal,
     Refuse,
     Served,
     Verdict,
     Worker,
+    WorkerId,
 )
 from balancer.core.retry import CAUSES, Cause, RetryPolicy, Tried, after
 from balancer.dialects.openai import Request
@@ -72,6 +72,7 @@ class Story:
     worker: Worker | None = None
     """Who has it now, or had it last."""
     choice: Choice | None = None
+    """And why."""
     queue_seconds: float = 0.0
 
 
@@ -140,10 +141,11 @@ class Journey:
                     outcome = await self._attempt(request, needs, story, delivery, limit)
                     if outcome.cause is None:
                         return outcome.answer
-                    tried.append(Tried(outcome.attempt.worker_id, outcome.cause))
+                    worker_id = story.attempts[-1].worker_id
+                    tried.append(Tried(worker_id, outcome.cause))
                     again = after(self._policy.retry, tried, self._chance.random())
                     if again is None:
-                        raise _failure(outcome, len(tried))
+                        raise _failure(outcome, worker_id, len(tried))
                     await asyncio.sleep(again.delay)
                     needs = replace(needs, avoid=again.avoid)
         except TimeoutError:
@@ -169,54 +171,54 @@ class Journey:
             deadline=waiting_since + self._policy.max_wait_seconds,
             admitted=bool(story.attempts),
         )
-        progress = Progress(waiting_since)
+        outcome = Outcome(cause=Cause.LEFT)
         try:
             async with self._leases.acquire(ask) as lease:
                 granted = self._clock()
+                progress = Progress(granted)
                 story.worker, story.choice = lease.worker, lease.choice
                 story.queue_seconds += granted - waiting_since
                 if limit.when() is None:
                     limit.reschedule(granted + self._policy.total_seconds)
-                progress.began = granted
                 try:
                     outcome = await self._relay.attempt(
                         lease.worker, request, story.request_id, delivery, progress
                     )
                 except (asyncio.CancelledError, ClientLeft):
-                    self._interrupted(lease, story, progress, overdue=limit.expired())
+                    outcome = _interrupted(lease, delivery, overdue=limit.expired())
                     raise
-                lease.settle(
-                    CAUSES[outcome.cause].verdict if outcome.cause else Verdict.GOOD,
-                    outcome.attempt.measures,
-                    unreachable=outcome.cause is Cause.UNREACHABLE,
-                    hold_seconds=outcome.hold_seconds,
-                )
+                finally:
+                    self._note(story, lease, outcome, progress, granted - waiting_since)
         except Refused as refused:
             raise _refused(refused.refuse, request) from None
-        except Abandoned as abandoned:
-            outcome = _lost(abandoned, delivery, progress.measures(self._clock()))
-        story.attempts.append(outcome.attempt)
-        if outcome.cause is not None:
-            log.info(
-                "request %s: attempt %d on %s failed, %s: %s",
-                story.request_id,
-                len(story.attempts),
-                outcome.attempt.worker_id,
-                outcome.cause.value,
-                outcome.attempt.detail,
-            )
+        except Abandoned:
+            pass  # the worker was lost under the attempt: what follows is decided as after any failure
         return outcome
 
-    def _interrupted(self, lease: Lease, story: Story, progress: Progress, *, overdue: bool) -> None:
-        """Write down an attempt that was ended from outside: its time was over, or its client left."""
-        if lease.lost:
-            return  # what follows from that is decided by the caller
-        cause = Cause.OVERDUE if overdue else Cause.LEFT
+    def _note(self, story: Story, lease: Lease, outcome: Outcome, progress: Progress, waited: float) -> None:
+        """An attempt has ended, one way or another: tell its lease, and write it down."""
         measures = progress.measures(self._clock())
-        story.attempts.append(Attempt(worker_id=lease.worker.id, cause=cause.value, measures=measures))
-        if overdue and progress.first_byte is None:
-            # All that time and not a word: whatever it is busy with, it is not answering.
-            lease.settle(Verdict.BAD, measures)
+        lease.settle(
+            _verdict(outcome.cause, progress),
+            measures,
+            unreachable=outcome.cause is Cause.UNREACHABLE,
+            hold_seconds=outcome.hold_seconds,
+        )
+        attempt = Attempt(
+            worker_id=lease.worker.id,
+            choice=lease.choice,
+            waited=waited,
+            cause=outcome.cause.value if outcome.cause else None,
+            detail=outcome.detail,
+            measures=measures,
+        )
+        story.attempts.append(attempt)
+        if outcome.cause is not None:
+            log.info(
+                "request %s: attempt %d on %s ended, %s%s",
+                *(story.request_id, len(story.attempts), attempt.worker_id, attempt.cause),
+                f": {outcome.detail}" if outcome.detail else "",
+            )
 
     def _account(self, request: Request, story: Story, status: int, error: str) -> None:
         served = Served(
@@ -230,7 +232,6 @@ class Journey:
             seconds=self._clock() - story.began,
             status=status,
             error=error,
-            choice=story.choice,
         )
         for observe in self._observers:
             observe(served)
@@ -271,12 +272,12 @@ def _refused(refuse: Refuse, request: Request) -> RequestError:
             )
 
 
-def _failure(outcome: Outcome, attempts: int) -> RequestError:
+def _failure(outcome: Outcome, worker_id: WorkerId, attempts: int) -> RequestError:
     """What the client is told after the last attempt that was allowed."""
     if outcome.rejected is not None:
         return outcome.rejected
     times = "once" if attempts == 1 else f"{attempts} times"
-    last = f"{outcome.attempt.worker_id}: {outcome.attempt.detail or outcome.attempt.cause}"
+    last = f"{worker_id}: {outcome.detail}"
     if outcome.words:
         last += f", {outcome.words!r}"
     match outcome.cause:
@@ -291,13 +292,18 @@ def _failure(outcome: Outcome, attempts: int) -> RequestError:
             return WorkerFailed(f"Tried {times}; no worker answered, the last was {last}.")
 
 
-def _lost(abandoned: Abandoned, delivery: Delivery | None, measures: Measures) -> Outcome:
-    """The worker was lost under an attempt; its lease has said so to the dispatcher already."""
-    cause = Cause.CUT if delivery is not None and delivery.begun else Cause.LOST
-    attempt = Attempt(
-        worker_id=abandoned.worker_id,
-        cause=cause.value,
-        detail=abandoned.reason,
-        measures=measures,
-    )
-    return Outcome(attempt=attempt, cause=cause)
+def _interrupted(lease: Lease, delivery: Delivery | None, *, overdue: bool) -> Outcome:
+    """An attempt that was ended from outside: its worker was lost, its time was over, or its client left."""
+    if lease.lost:
+        cut = delivery is not None and delivery.begun
+        return Outcome(cause=Cause.CUT if cut else Cause.LOST, detail=lease.lost)
+    return Outcome(cause=Cause.OVERDUE if overdue else Cause.LEFT)
+
+
+def _verdict(cause: Cause | None, progress: Progress) -> Verdict:
+    if cause is None:
+        return Verdict.GOOD
+    if cause is Cause.OVERDUE and progress.first_byte is None:
+        # All that time and not a word: whatever it is busy with, it is not answering.
+        return Verdict.BAD
+    return CAUSES[cause].verdict

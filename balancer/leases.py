@@ -92,13 +92,12 @@ class Lease:
         except TimeoutError:
             if not self.lost:
                 raise
-            self.settle(Verdict.BAD, Measures(seconds=0.0))
             raise Abandoned(self.worker.id, self.lost) from None
 
     def ended(self, ticket: Ticket) -> Ended:
         return Ended(
             ticket,
-            self._verdict,
+            Verdict.BAD if self.lost else self._verdict,
             self._measures,
             unreachable=self._unreachable,
             hold_seconds=self._hold_seconds,

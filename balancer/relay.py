@@ -15,7 +15,7 @@ from typing import Protocol
 import orjson
 
 from balancer.core.errors import Rejected
-from balancer.core.model import Attempt, Endpoint, Measures, Worker
+from balancer.core.model import Endpoint, Measures, Worker
 from balancer.core.retry import Cause
 from balancer.dialects.framing import EventFrames, FramingError, event
 from balancer.dialects.openai import (
@@ -59,9 +59,10 @@ class Delivery(Protocol):
 class Outcome:
     """How an attempt went."""
 
-    attempt: Attempt
     cause: Cause | None
     """None: the answer is whole."""
+    detail: str = ""
+    """What happened, without anything of prompt or answer."""
     answer: bytes | None = None
     """The answer in one piece, when it was not delivered as a stream."""
     rejected: Rejected | None = None
@@ -126,22 +127,14 @@ class Relay:
             answer = await self._exchange(worker, request, request_id, delivery, progress)
         except Failed as failed:
             cut = delivery is not None and delivery.begun
-            cause = Cause.CUT if cut else failed.cause
-            attempt = Attempt(
-                worker_id=worker.id,
-                cause=cause.value,
-                detail=failed.detail,
-                measures=progress.measures(self._clock()),
-            )
             return Outcome(
-                attempt=attempt,
-                cause=cause,
+                cause=Cause.CUT if cut else failed.cause,
+                detail=failed.detail,
                 rejected=failed.rejected,
                 words=failed.words,
                 hold_seconds=failed.hold_seconds,
             )
-        attempt = Attempt(worker_id=worker.id, cause=None, measures=progress.measures(self._clock()))
-        return Outcome(attempt=attempt, cause=None, answer=answer)
+        return Outcome(cause=None, answer=answer)
 
     async def _exchange(
         self,

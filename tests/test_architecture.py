@@ -34,9 +34,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "balancer.watch": {"balancer.core", "balancer.worker_types", "worker_agent.wire"},
     "balancer.discovery": {"balancer.core", "worker_agent.wire"},
     "balancer.metrics": {"balancer.core"},
+    "balancer.history": {"balancer.core"},
     "balancer.front": {
         "balancer.core",
         "balancer.dialects",
+        "balancer.history",
         "balancer.journey",
         "balancer.metrics",
         "worker_agent.sources",

@@ -108,10 +108,14 @@ class Attempt:
     """One relay of a request to one worker, after the fact."""
 
     worker_id: WorkerId
+    choice: Choice
+    """Why this worker."""
+    waited: float
+    """Seconds in line before it."""
     cause: str | None
     """A `retry.Cause` value; None: answered."""
-    detail: str = ""
-    """For people: what the worker or the connection to it said. Never a part of prompt or answer."""
+    detail: str
+    """For people: what happened to the connection. Never a part of prompt or answer."""
     measures: Measures
 
 
@@ -133,8 +137,6 @@ class Served:
     """As sent; 499 for a client that left (nginx's convention; nobody received it)."""
     error: str = ""
     """The error's code, for counting; empty: none."""
-    choice: Choice | None = None
-    """The last placement, with its reasons."""
 
 
 # What happens to the dispatcher ...

@@ -8,6 +8,7 @@ import pytest
 from tests.e2e.conftest import OpenRoom, free_port, listed
 from tests.e2e.processes import command
 from tests.fakes.engine import FakeEngine
+from tests.fakes.faults import Fault
 
 
 async def balancer(tmp_path: Path, *words: str, **variables: str) -> tuple[int, str]:
@@ -96,6 +97,33 @@ async def test_the_room_is_shown_for_people_and_for_scripts(open_room: OpenRoom,
             assert "0 waiting, 0 running" in said
             status, said = await balancer(tmp_path, "workers", "--json", BALANCER_URL=room.url)
             assert json.loads(said)["workers"][0]["models"] == ["fake"]
+
+
+async def test_why_a_request_went_where_it_went_is_told(open_room: OpenRoom, tmp_path):
+    async with FakeEngine() as bad, FakeEngine() as good, open_room(bad, good) as room:
+        bad.always(Fault.status(500, "canary words"))
+        ids = []
+        while len(bad.requests) == 0:
+            answer = await room.openai.chat.completions.with_raw_response.create(
+                model="fake", messages=[{"role": "user", "content": "canary prompt"}]
+            )
+            ids.append(answer.headers["X-Request-ID"])
+        status, said = await balancer(tmp_path, "why", ids[-1], "--json", BALANCER_URL=room.url)
+        told = json.loads(said)
+        assert (status, told["status"], told["model"]) == (0, 200, "fake")
+        first, second = told["attempts"]
+        assert (first["worker"], first["ended"]) == ("a", "erred")
+        assert (second["worker"], second["ended"]) == ("b", "answered")
+        assert {candidate["worker"] for candidate in first["candidates"]} == {"a", "b"}
+        assert sum(candidate["share"] for candidate in first["candidates"]) == pytest.approx(1, abs=0.001)
+        assert second["excluded"] == {"a": "failed this request before"}
+        status, said = await balancer(tmp_path, "why", ids[-1], BALANCER_URL=room.url, COLUMNS="150")
+        assert status == 0
+        assert "attempt 2: b, answered" in said
+        assert "canary" not in said
+        status, said = await balancer(tmp_path, "why", "no-such-id", BALANCER_URL=room.url)
+        assert status == 1
+        assert "remembered" in said
 
 
 async def test_a_balancer_that_does_not_run_is_said_so(tmp_path):

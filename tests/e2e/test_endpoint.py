@@ -164,6 +164,7 @@ async def test_an_answer_says_where_it_comes_from(open_room: OpenRoom):
         assert answer.headers["X-Request-ID"] == "mine-1"
         assert answer.headers["X-Balancer-Worker"] == "a"
         assert answer.headers["X-Balancer-Attempts"] == "1"
+        assert answer.headers["X-Balancer-Reason"] == "picked with a chance of 100% among 1"
         assert int(answer.headers["X-Balancer-Queue-Ms"]) >= 0
         assert engine.requests[0].headers["x-request-id"] == "mine-1"
 
