@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import signal
 import sys
 from collections.abc import Callable, Coroutine
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from balancer import logs
 from balancer import up as up_
 from balancer.app import PortTaken, Running, Stop, running
 from balancer.batch.cli import batch, presets
@@ -268,13 +268,7 @@ def _settings(config: Path | None, **flags: object) -> Settings:
         settings = load(config, flags)
     except (ConfigFaults, SettingsError) as faults:
         _fail(str(faults))
-    logging.basicConfig(
-        level=settings.log_level,
-        format="%(asctime)s %(levelname)-7s %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-        force=True,
-    )
+    logs.set_up(settings.log_level)
     return settings
 
 

@@ -48,6 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "balancer.config_file": {"balancer.core", "balancer.worker_types", "worker_agent.sources"},
     "balancer.settings": {"balancer.config_file", "balancer.discovery"},
     "balancer.package_data": set(),
+    "balancer.logs": set(),
     # A batch has no way of its own to a worker: it asks the endpoint, as any client does.
     "balancer.batch": {"balancer.config_file", "balancer.package_data"},
     # Only these build things, and only they know the settings.

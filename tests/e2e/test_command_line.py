@@ -1,8 +1,13 @@
 """The commands that are not servers, as processes: what they print and the status they end with."""
 
+import asyncio
+import contextlib
 import json
+import os
+import sys
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 from tests.e2e.conftest import OpenRoom, free_port, listed
@@ -137,3 +142,35 @@ async def test_the_version_is_printed(tmp_path):
     status, said = await balancer(tmp_path, "version")
     assert status == 0
     assert said.strip().count(".") == 2
+
+
+async def test_a_log_that_nobody_reads_holds_up_nobody(tmp_path):
+    """Its stderr is a pipe that is full from the start; requests are answered all the same."""
+    port, (reader, writer) = free_port(), os.pipe()
+    try:
+        os.set_blocking(writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writer, b"x" * 4096)
+        os.set_blocking(writer, True)
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "balancer", "serve", "--no-mdns", "--host", "127.0.0.1"),
+            *("--port", str(port), "--data-dir", str(tmp_path)),
+            stdin=asyncio.subprocess.DEVNULL,
+            stderr=writer,
+        )
+        try:
+            async with aiohttp.ClientSession() as http, asyncio.timeout(30):
+                answered = 0
+                while answered < 200:
+                    try:
+                        async with http.get(f"http://127.0.0.1:{port}/nothing") as response:
+                            answered += response.status == 404
+                    except aiohttp.ClientConnectionError:
+                        await asyncio.sleep(0.05)
+        finally:
+            process.kill()
+            await process.wait()
+    finally:
+        os.close(reader)
+        os.close(writer)
