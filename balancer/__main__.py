@@ -116,7 +116,10 @@ async def _shown(console: Console, balancer: Running, keeping: asyncio.Task[None
             if text != last:
                 last = text
                 if console.is_terminal:
-                    status.update(Text(text))
+                    # One line: what is longer cannot be drawn over by the next one.
+                    line = Text(text)
+                    line.truncate(max(console.width - 4, 10), overflow="ellipsis")
+                    status.update(line)
                 else:
                     console.print(Text(f"{text} ..."))
 
@@ -162,13 +165,16 @@ def workers(
     if json:
         print(orjson.dumps(room, option=orjson.OPT_INDENT_2).decode())  # noqa: T201
         return
-    table = Table("worker", "state", "breaker", "running", "models", "engine", "detail")
+    table = Table("worker", "state", "running")
+    table.add_column("models", overflow="fold")  # to be copied whole
+    table.add_column("engine")
+    table.add_column("detail", overflow="fold")
     for view in room["workers"]:
+        breaker = "" if view["breaker"] == "closed" else f", breaker {view['breaker']}"
         table.add_row(
-            *(Text(str(view[key])) for key in ("id", "state", "breaker")),
-            f"{view['running']}/{view['slots']}",
-            Text("\n".join(view["models"])),
-            *(Text(view[key]) for key in ("engine", "detail")),  # Text: a worker's words are no markup
+            *(Text(view["id"]), Text(view["state"] + breaker), f"{view['running']}/{view['slots']}"),
+            # Text: a worker's words are no markup.
+            *(Text(text) for text in ("\n".join(view["models"]), view["engine"], view["detail"])),
         )
     console = Console()
     console.print(table)
@@ -213,9 +219,13 @@ def why(
 
 
 def _ask(url: str, path: str) -> dict[str, Any]:
-    """What a running balancer answers; ends the command with a sentence where it does not."""
+    """What a running balancer answers; ends the command with a sentence where it does not.
+
+    `url`: with or without scheme, and with or without the `/v1` of its endpoint.
+    """
+    root = url.strip().rstrip("/").removesuffix("/v1")
     try:
-        return asyncio.run(_get(f"{url.rstrip('/')}{path}"))
+        return asyncio.run(_get(f"{root if '://' in root else f'http://{root}'}{path}"))
     except aiohttp.ClientResponseError as error:
         _fail(error.message, status=1)
     except (aiohttp.ClientError, TimeoutError, ValueError) as error:

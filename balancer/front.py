@@ -22,6 +22,7 @@ from balancer.core.errors import (
     BodyTimeout,
     BodyTooLarge,
     Forbidden,
+    LoopDetected,
     MethodNotAllowed,
     ModelNotFound,
     NotFound,
@@ -37,7 +38,7 @@ from balancer.history import share_of, why
 from balancer.journey import ClientLeft, Journey, Story
 from balancer.metrics import CONTENT_TYPE, Metrics
 from worker_agent.sources import Sources
-from worker_agent.wire import JOIN_PATH, REQUEST_ID_HEADER, Join, WireError, parse_join
+from worker_agent.wire import HOPS_HEADER, JOIN_PATH, REQUEST_ID_HEADER, Join, WireError, parse_join
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,9 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 LARGE_BODY_BYTES = 1024 * 1024
 """To read a megabyte of JSON takes about 10 ms."""
+
+MAX_HOPS = 4
+"""A balancer may well be another one's worker; more of them in a row are a circle."""
 
 _HARMLESS_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _REQUEST_ID = web.RequestKey("request_id", str)
@@ -131,13 +135,19 @@ class Front:
 
     def _inference(self, endpoint: Endpoint) -> Handler:
         async def handle(request: web.Request) -> web.StreamResponse:
+            if _hops(request) >= MAX_HOPS:
+                raise LoopDetected(
+                    f"The request has passed {MAX_HOPS} balancers: some of them name each other as workers."
+                )
             if self.draining:
                 raise ShuttingDown("This balancer is about to stop. Try again in a moment.")
             body = await self._body(request)
             with self._holding(len(body)):
                 asked = await _parsed(endpoint, body)
                 del body  # from here on it is held as what goes to a worker
-                story = self._journey.begin(_request_id(request), request.remote or "")
+                request_id = _request_id(request)
+                passed_on = {REQUEST_ID_HEADER: request_id, HOPS_HEADER: str(_hops(request) + 1)}
+                story = self._journey.begin(request_id, request.remote or "", passed_on)
                 request[_STORY] = story
                 if asked.stream:
                     return await self._stream(request, asked, story)
@@ -290,7 +300,10 @@ def _as_refusal(request: web.Request, error: Exception) -> RequestError:
         case RequestError():
             return error
         case web.HTTPNotFound():
-            return NotFound(f"There is no {request.path} here; GET /v1/models is a start.")
+            return NotFound(
+                f"There is no {request.path} here. This endpoint speaks OpenAI's API: set the client's base "
+                "URL to this address with /v1; GET /v1/models lists the models."
+            )
         case web.HTTPMethodNotAllowed():
             return MethodNotAllowed(f"{request.path} takes {', '.join(sorted(error.allowed_methods))}.")
         case web.HTTPException() if 400 <= error.status < 500:
@@ -318,6 +331,11 @@ def _request_id(request: web.Request) -> str:
         known = theirs if _HARMLESS_ID.fullmatch(theirs) else f"req_{uuid.uuid4().hex}"
         request[_REQUEST_ID] = known
     return known
+
+
+def _hops(request: web.Request) -> int:
+    value = request.headers.get(HOPS_HEADER, "0")
+    return int(value) if value.isascii() and value.isdigit() and len(value) <= 4 else 0
 
 
 def _headers(story: Story, attempts: int) -> dict[str, str]:

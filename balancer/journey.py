@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from balancer.core.dispatcher import Chance
@@ -66,6 +66,7 @@ class Story:
 
     request_id: str
     client: str
+    passed_on: Mapping[str, str]
     began: float
     attempts: list[Attempt] = field(default_factory=list)
     """Those that have ended."""
@@ -104,8 +105,9 @@ class Journey:
         """Requests that have not ended, wherever they stand."""
         return self._under_way
 
-    def begin(self, request_id: str, client: str) -> Story:
-        return Story(request_id, client, self._clock())
+    def begin(self, request_id: str, client: str, passed_on: Mapping[str, str]) -> Story:
+        """`client`: its address. `passed_on`: headers for whichever worker gets the request."""
+        return Story(request_id, client, passed_on, self._clock())
 
     async def serve(self, request: Request, story: Story, delivery: Delivery | None) -> bytes | None:
         """The answer in one piece; None when it went to the delivery.
@@ -182,7 +184,7 @@ class Journey:
                     limit.reschedule(granted + self._policy.total_seconds)
                 try:
                     outcome = await self._relay.attempt(
-                        lease.worker, request, story.request_id, delivery, progress
+                        lease.worker, request, story.passed_on, delivery, progress
                     )
                 except (asyncio.CancelledError, ClientLeft):
                     outcome = _interrupted(lease, delivery, overdue=limit.expired())

@@ -43,4 +43,7 @@ def set_up(level: str) -> None:
     listener = QueueListener(queue, stderr)
     listener.start()
     atexit.register(listener.stop)
+    # It warns, with a traceback, of each interface on which it cannot listen; whether it can listen at all
+    # is said by `discovery`.
+    logging.getLogger("zeroconf").setLevel(logging.ERROR)
     logging.basicConfig(level=level, handlers=[_Dropping(queue)], force=True)

@@ -30,7 +30,6 @@ from balancer.dialects.openai import (
 )
 from balancer.upstream import Broke, Response, Silent, Unreachable, Upstream, UpstreamError
 from balancer.worker_types import WORKER_TYPES
-from worker_agent.wire import REQUEST_ID_HEADER
 
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 """An answer in one piece: a thousand embeddings of 4096 numbers, written out, are about this."""
@@ -117,14 +116,14 @@ class Relay:
         self,
         worker: Worker,
         request: Request,
-        request_id: str,
+        passed_on: Mapping[str, str],
         delivery: Delivery | None,
         progress: Progress,
     ) -> Outcome:
-        """Never raises for what a worker does. `delivery`: for a client that streams; else the answer
-        comes in one piece with the outcome."""
+        """Never raises for what a worker does. `passed_on`: headers that go from the client's request to
+        the worker's. `delivery`: for a client that streams; else the answer comes with the outcome."""
         try:
-            answer = await self._exchange(worker, request, request_id, delivery, progress)
+            answer = await self._exchange(worker, request, passed_on, delivery, progress)
         except Failed as failed:
             cut = delivery is not None and delivery.begun
             return Outcome(
@@ -140,7 +139,7 @@ class Relay:
         self,
         worker: Worker,
         request: Request,
-        request_id: str,
+        passed_on: Mapping[str, str],
         delivery: Delivery | None,
         progress: Progress,
     ) -> bytes | None:
@@ -150,7 +149,7 @@ class Relay:
             **self._headers(worker),
             "Content-Type": "application/json",
             "Accept": "text/event-stream" if stream else "application/json",
-            REQUEST_ID_HEADER: request_id,
+            **passed_on,
         }
         body = request.to_worker(request.model, stream=stream)
         url = worker.url + request.endpoint.value

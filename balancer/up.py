@@ -79,8 +79,13 @@ class LocalAgent:
 
     async def _keep(self, command: tuple[str, ...]) -> None:
         loop = asyncio.get_running_loop()
-        self.log_file.parent.mkdir(parents=True, exist_ok=True)
-        self.log_file.write_bytes(b"")
+        try:
+            self.log_file.parent.mkdir(parents=True, exist_ok=True)
+            self.log_file.write_bytes(b"")
+        except OSError as error:
+            raise AgentFailed(
+                f"cannot write its log {self.log_file}: {error.strerror}; choose another --data-dir"
+            ) from error
         rest, quick_deaths = SHORTEST_REST, 0
         while True:
             began = loop.time()
@@ -153,6 +158,8 @@ async def until_ready(
         if keeping.done():
             await keeping
         ours = next((view for view in workers if view.worker.type == "agent"), None)
+        if ours is not None and ours.state == "failed":
+            raise AgentFailed(ours.detail or "its engine does not start")
         show(_progress(ours))
         await asyncio.sleep(LOOK_SECONDS)
 
@@ -184,7 +191,7 @@ def welcome(
             f'  -d \'{{"model": "{model}", "stream": true, '
             '"messages": [{"role": "user", "content": "Say hello."}]}\''
         ),
-        "From Python": (
+        "From Python (pip install openai)": (
             "from openai import OpenAI\n"
             f'client = OpenAI(base_url="{local}/v1", api_key="none")\n'
             "answer = client.chat.completions.create(\n"

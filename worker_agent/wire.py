@@ -30,6 +30,10 @@ JOIN_PATH = "/cluster/v1/join"
 """On the balancer: an agent posts a `Join` and is watched from then on."""
 
 REPORT_INTERVAL_SECONDS = 1.0
+REPORT_GAP_SECONDS = 0.05
+"""An agent writes a report no sooner than this after the last: changes in between are told together. The
+balancer reads faster (`WatchPolicy.report_gap_seconds`), or what it reads would fall ever further behind."""
+
 LOST_AFTER_SECONDS = 3.0
 """Three missed reports (RELIABILITY D2): a dead, frozen or cut-off machine is known within 4 s."""
 
@@ -38,6 +42,8 @@ JOIN_INTERVAL_SECONDS = 10.0
 
 MAX_REPORT_BYTES = 64 * 1024
 REQUEST_ID_HEADER = "X-Request-ID"
+HOPS_HEADER = "X-Balancer-Hops"
+"""How many balancers a request has passed, so that two that name each other do not pass it round for ever."""
 DEFAULT_AGENT_PORT = 4100
 
 INFERENCE_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")

@@ -99,6 +99,10 @@ class QueueFull(RequestError):
         self.retry_after = retry_after
 
 
+class LoopDetected(RequestError):
+    status, code = 508, "loop_detected"
+
+
 class ShuttingDown(RequestError):
     status, code = 503, "shutting_down"
     retry_after = 1.0

@@ -95,9 +95,10 @@ def open_room(tmp_path: Path) -> OpenRoom:
             listed(worker, chr(ord("a") + number)) if isinstance(worker, FakeEngine) else worker
             for number, worker in enumerate(workers)
         ]
+        port = settings.pop("port", None) or free_port()
+        flags = {"host": "127.0.0.1", "port": port, "mdns": False, "data_dir": tmp_path / "data"}
         file = tmp_path / f"balancer-{free_port()}.json"
         file.write_text(json.dumps({"workers": rows, "health_check_interval": 0.2} | settings))
-        flags = {"host": "127.0.0.1", "port": free_port(), "mdns": False, "data_dir": tmp_path / "data"}
         async with running(load(file, flags)) as balancer, aiohttp.ClientSession() as http:
             async with AsyncOpenAI(
                 base_url=f"http://127.0.0.1:{balancer.port}/v1", api_key="none", max_retries=0

@@ -6,7 +6,7 @@ import threading
 import openai
 import pytest
 
-from tests.e2e.conftest import OpenRoom, listed
+from tests.e2e.conftest import OpenRoom, free_port, listed
 from tests.fakes.engine import FakeEngine
 from tests.fakes.speech import reference_embedding, reference_text
 
@@ -167,6 +167,17 @@ async def test_an_answer_says_where_it_comes_from(open_room: OpenRoom):
         assert answer.headers["X-Balancer-Reason"] == "picked with a chance of 100% among 1"
         assert int(answer.headers["X-Balancer-Queue-Ms"]) >= 0
         assert engine.requests[0].headers["x-request-id"] == "mine-1"
+
+
+async def test_a_balancer_that_is_its_own_worker_does_not_go_round_for_ever(open_room: OpenRoom):
+    port = free_port()
+    own = {"id": "me", "host": "127.0.0.1", "port": port, "model": "fake"}
+    async with open_room(own, max_retries=0, port=port) as room:
+        await room.ready()
+        with pytest.raises(openai.InternalServerError, match="name each other") as caught:
+            await room.openai.chat.completions.create(model="fake", messages=MESSAGES)
+        assert caught.value.status_code == 502
+        await room.idle()
 
 
 async def test_only_what_is_meant_for_a_worker_reaches_it(open_room: OpenRoom):

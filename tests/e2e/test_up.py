@@ -47,7 +47,7 @@ async def test_what_it_prints_works_as_pasted_and_ctrl_c_leaves_nothing(tmp_path
             said = await output_of("bash", "-c", below(text, "Try it").replace("curl ", "curl -sN "))
             assert said.rstrip().endswith("data: [DONE]")
             assert '"content":' in said
-        said = await output_of(sys.executable, "-c", below(text, "From Python"))
+        said = await output_of(sys.executable, "-c", below(text, "From Python (pip install openai)"))
         assert said.strip()
 
         async with openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x") as client:

@@ -1,0 +1,71 @@
+"""What is compared: the real dispatcher with its policies, and the rivals, each a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from balancer.core.dispatcher import Chance, Dispatcher, DispatchPolicy
+from balancer.core.model import Command, Event, Ticket
+from benchmarks.sim.fleets import Machine
+from benchmarks.sim.prefixes import Work
+from benchmarks.sim.rivals import RIVALS, Proxy
+
+Look = Callable[[Ticket], Work]
+
+
+class Router(Protocol):
+    """The surface of `Dispatcher`: events in, commands out."""
+
+    def handle(self, event: Event, now: float) -> list[Command]: ...
+
+
+def _own_word(machine: Machine) -> int | None:
+    return None
+
+
+def _five(machine: Machine) -> int | None:
+    return 5
+
+
+def _ideal(machine: Machine) -> int | None:
+    return machine.ideal_limit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    build: Callable[[Chance, Look], Router]
+    cap: Callable[[Machine], int | None] = _own_word
+    """The limit that the configuration names for a worker (`max_concurrent_requests`)."""
+    slots_told: bool = True
+    """Workers report their slots, as agents do. Of others nobody knows, and the cap alone counts."""
+    batch_at_once: int | None = None
+    """Requests that the batch client keeps open; None: as many as the ideal limits of all machines sum to,
+    which is the best that a client of a proxy without a queue can do (so did the study)."""
+
+
+def _dispatcher(chance: Chance, look: Look) -> Router:
+    return Dispatcher(DispatchPolicy(), chance, started=0.0)
+
+
+def _proxy(rival: str) -> Callable[[Chance, Look], Router]:
+    return lambda chance, look: Proxy(RIVALS[rival](chance), look)
+
+
+OWN_CLIENT_AT_ONCE = 50
+"""The user's batch client keeps 50 requests open; `balancer batch` never more either."""
+
+POLICIES: Mapping[str, Policy] = {
+    "balancer": Policy(build=_dispatcher, batch_at_once=OWN_CLIENT_AT_ONCE),
+    "user_formula_cap5": Policy(
+        build=_dispatcher, cap=_five, slots_told=False, batch_at_once=OWN_CLIENT_AT_ONCE
+    ),
+    "round_robin": Policy(build=_proxy("round_robin")),
+    "least_connections": Policy(build=_proxy("least_connections")),
+    "power_of_two": Policy(build=_proxy("power_of_two")),
+    "cache_aware": Policy(build=_proxy("cache_aware")),
+    "maxconn_ideal": Policy(build=_proxy("central_queue"), cap=_ideal),
+    "maxconn_5": Policy(build=_proxy("central_queue"), cap=_five),
+}
+"""`balancer` is the default policy of the real dispatcher; a change of that default shows here."""
