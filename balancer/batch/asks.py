@@ -117,6 +117,10 @@ def longest_question_chars(preset: Preset) -> int:
     )
 
 
-def merge_question_chars(preset: Preset, prompt: Prompt) -> int:
-    """Characters that a merge holds beside the answers that it merges."""
-    return merging(preset, prompt, [""], model="", max_tokens=1).chars
+def merged_chars(preset: Preset, prompt: Prompt, *, section_chars: int) -> int:
+    """Characters of answers, with their numbers, that go into one merge of a paper cut like this.
+
+    The merge is then no longer than a question about a section, which is known to fit.
+    """
+    beside = merging(preset, prompt, [], model="", max_tokens=1).chars
+    return section_chars + longest_question_chars(preset) - beside

@@ -12,6 +12,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 _LIGATURES = str.maketrans(
     # U+FB05 is a long s and t; "st" is what a reader means by it.
@@ -37,15 +38,32 @@ _NAMED_HEADING = re.compile(
 def plain(text: str) -> str:
     """A text file made uniform: newlines, ligatures and composed letters; control characters are gone."""
     text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").replace("\f", "\n\n")
-    text = unicodedata.normalize("NFC", text.translate(_LIGATURES))
+    text = text.translate(_LIGATURES)
     text = "".join(char for char in text if char in _KEPT or unicodedata.category(char) not in _INVISIBLE)
-    return re.sub(r"\n{4,}", "\n\n\n", re.sub(r"[ \t]+\n", "\n", text)).strip()
+    # From the first blank of a run only: from each of them, a long run takes the square of its length.
+    text = re.sub(r"(?<![ \t])[ \t]+\n", "\n", _composed(text))
+    return re.sub(r"\n{4,}", "\n\n\n", text).strip()
 
 
 _INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Co"})
 """Controls, soft hyphens and byte-order marks, lone surrogates, private use (glyphs without a meaning)."""
 _KEPT = frozenset("\n\t\u200c\u200d")
 """The joiners are letters' business in Persian and in the scripts of India."""
+_MAX_MARKS = 30
+"""On one letter; no script has as many (Unicode Standard Annex 15, Stream-Safe Text Format)."""
+
+
+def _composed(text: str) -> str:
+    """Letters and their accents as one character each, where a text is one that people write.
+
+    Accents are sorted for it, in a time that grows with the square of their number on one letter.
+    """
+    if text.isascii():
+        return text
+    runs = groupby(text, lambda char: unicodedata.combining(char) > 0)
+    if any(mark and sum(1 for _ in run) > _MAX_MARKS for mark, run in runs):
+        return text
+    return unicodedata.normalize("NFC", text)
 
 
 def pages(texts: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from balancer import config_file
 from balancer.batch import client, journal, papers, progress
 from balancer.batch.client import EndpointError, OfferedModel
 from balancer.batch.journal import JournalError
+from balancer.batch.names import readable
 from balancer.batch.papers import PaperFault
 from balancer.batch.presets import Preset, PresetError, Shelf, own_folder, read
 from balancer.batch.report import Row
@@ -90,8 +91,8 @@ def run(
         )
     except KeyboardInterrupt:
         typer.echo(
-            f"Interrupted. Every answer so far is kept in {out / JOURNAL}. To go on, run the same command "
-            "again: it asks only what is not answered yet.",
+            f"Interrupted. Every answer so far is kept in {readable(out / JOURNAL)}. To go on, "
+            "run the same command again: it asks only what is not answered yet.",
             err=True,
         )
         raise typer.Exit(INTERRUPTED) from None
@@ -145,10 +146,11 @@ def choose(models: Sequence[OfferedModel], wanted: str | None, *, url: str) -> O
 def _summarise(rows: Sequence[Row], out: Path) -> None:
     failed = [row for row in rows if not row.completed]
     typer.echo(
-        f"{len(rows) - len(failed)} completed, {len(failed)} failed. Reports and {RESULTS} are in {out}."
+        f"{len(rows) - len(failed)} completed, {len(failed)} failed. "
+        f"Reports and {RESULTS} are in {readable(out)}."
     )
     for row in failed:
-        typer.echo(f"  {row.file}: {row.error}")
+        typer.echo(f"  {readable(row.file)}: {row.error}")
     if failed:
         typer.echo("Run the same command again to try the failed ones again; the others are kept.")
         raise typer.Exit(SOME_FAILED)
@@ -161,7 +163,7 @@ def _stop(reason: str) -> NoReturn:
 
 def _shelf(folder: Path | None) -> Shelf:
     if folder is not None and not folder.is_dir():
-        raise PresetError(f"there is no folder {folder}")
+        raise PresetError(f"there is no folder {readable(folder)}")
     return Shelf(folder or own_folder())
 
 
@@ -175,11 +177,11 @@ def list_presets(presets_folder: _PresetsFolder = None) -> None:
     for found in shelf.all():
         owner = " (yours)" if found.own else ""
         if found.preset is None:
-            typer.echo(f"{found.name}{owner}: cannot be used: {' '.join(found.faults)}")
+            typer.echo(f"{readable(found.name)}{owner}: cannot be used: {' '.join(found.faults)}")
         else:
             count = len(found.preset.prompts)
             typer.echo(f"{found.name}{owner}: {count} questions. {found.preset.description}")
-    typer.echo(f"Your own are read from {shelf.own}.")
+    typer.echo(f"Your own are read from {readable(shelf.own)}.")
 
 
 @presets.command("show")
@@ -207,6 +209,6 @@ def check_preset(file: Annotated[Path, typer.Argument(help="A preset as JSON.")]
         preset = read(file)
     except PresetError as error:
         for fault in error.faults:
-            typer.echo(f"{file}: {fault}", err=True)
+            typer.echo(f"{readable(file)}: {fault}", err=True)
         raise typer.Exit(SOME_FAILED) from None
-    typer.echo(f"{file} is fine: {len(preset.prompts)} questions.")
+    typer.echo(f"{readable(file)} is fine: {len(preset.prompts)} questions.")

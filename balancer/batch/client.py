@@ -66,6 +66,7 @@ class Patience:
     busy_seconds: float = 900.0
     """An endpoint that restarts and loads a model again is back in this time."""
     broken_tries: int = 3
+    """Of one request, however often the endpoint was busy in between."""
     total_seconds: float = 1800.0
     """Of one request; RFC 9110 names no limit, and a slow machine may take minutes for a long answer."""
     connect_seconds: float = 10.0
@@ -74,8 +75,10 @@ class Patience:
 def pause_after(
     patience: Patience, failure: Exception, *, tries: int, seconds: float, dice: Callable[[], float]
 ) -> float | None:
-    """Seconds until the next try, so many seconds after the first of so many failed; None: give up. Pure.
+    """Seconds until the next try; None: give up. Pure.
 
+    `tries` counts failures of this kind: all that `Broke`, or those that were `Busy` since a worker last took
+    the request. `seconds` have passed since the first of the latter; what broke is not limited by time.
     `dice` gives a number from 0 to 1, so that many waiting requests do not come back together.
     """
     if not isinstance(failure, _TryAgain):
@@ -84,7 +87,9 @@ def pause_after(
         return None
     backoff = min(patience.longest_pause_seconds, patience.first_pause_seconds * 2.0 ** min(tries - 1, 30))
     pause = backoff * (0.5 + 0.5 * dice())
-    if isinstance(failure, Busy) and failure.retry_after is not None:
+    if not isinstance(failure, Busy):
+        return pause
+    if failure.retry_after is not None:
         pause += min(failure.retry_after, patience.longest_retry_after_seconds)
     return pause if seconds + pause <= patience.busy_seconds else None
 
@@ -200,17 +205,21 @@ class Endpoint:
     async def ask(self, request: Request) -> Reply:
         """One answer, after as many tries as patience allows. Raises `AskFault`, `ContextExceeded`."""
         loop = asyncio.get_running_loop()
-        failing_since: float | None = None
+        broke = busy = 0
+        busy_since = 0.0
         pause: float | None = None
 
         def seen(state: tenacity.RetryCallState) -> bool:
-            nonlocal failing_since, pause
+            nonlocal broke, busy, busy_since, pause
             failure = state.outcome.exception() if state.outcome else None
             if not isinstance(failure, _TryAgain):
                 return False
-            failing_since = loop.time() if failing_since is None else failing_since
-            seconds = loop.time() - failing_since
-            tries = state.attempt_number
+            if isinstance(failure, Broke):
+                broke, busy = broke + 1, 0
+            else:
+                busy_since = busy_since if busy else loop.time()
+                busy += 1
+            tries, seconds = (busy, loop.time() - busy_since) if busy else (broke, 0.0)
             pause = pause_after(self._patience, failure, tries=tries, seconds=seconds, dice=self._dice)
             if isinstance(failure, Busy) and not failure.reachable:
                 pause = None if self._gone else pause

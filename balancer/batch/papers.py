@@ -9,13 +9,16 @@ import asyncio
 import codecs
 import hashlib
 import json
+import os
 import signal
+import stat
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from balancer.batch import cleaning, pdf_text
+from balancer.batch.names import readable
 
 SUFFIXES = (".pdf", ".txt", ".md")
 MAX_FILE_BYTES = 128 * 1024 * 1024
@@ -52,16 +55,19 @@ def expand(paths: Sequence[Path], *, out: Path) -> list[Path]:
         if results in (path.resolve(), path.parent.resolve()) and path.exists():
             # A report is called as its paper: it could take the place of a file that is the user's.
             raise PaperFault(
-                f"the reports would lie among the papers: choose a folder other than {out} for --out"
+                "the reports would lie among the papers: "
+                f"choose a folder other than {readable(out)} for --out"
             )
         if path.is_dir():
             for found in _in_folder(path):
                 if not found.resolve().is_relative_to(results):
                     meant.setdefault(found.resolve(), found)
         elif not path.exists():
-            raise PaperFault(f"there is no file or folder {path}")
+            raise PaperFault(f"there is no file or folder {readable(path)}")
         elif path.suffix.lower() not in SUFFIXES:
-            raise PaperFault(f"{path} is none of {', '.join(SUFFIXES)}: convert it first")
+            raise PaperFault(f"{readable(path)} is none of {', '.join(SUFFIXES)}: convert it first")
+        elif not path.is_file():
+            raise PaperFault(f"{readable(path)} is no file: a pipe or a device is no paper")
         else:
             meant.setdefault(path.resolve(), path)
     return list(meant.values())
@@ -82,7 +88,10 @@ def _in_folder(folder: Path) -> Iterable[Path]:
 def load(path: Path) -> Document:
     """Blocks; raises `PaperFault`."""
     try:
-        with path.open("rb") as file:
+        # Without O_NONBLOCK a pipe that nobody writes to would keep this thread for ever.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise PaperFault("it is no file: a pipe or a device is no paper")
             data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise PaperFault(f"the file cannot be read: {error.strerror or error}") from None
@@ -102,7 +111,14 @@ async def text_of(document: Document) -> str:
                 "(for example: ocrmypdf in.pdf out.pdf) and run again with the new file"
             )
         return text
-    text = await asyncio.to_thread(lambda: cleaning.plain(decode(document.data)))
+    return await asyncio.to_thread(_plain_text, document.data)
+
+
+def _plain_text(data: bytes) -> str:
+    text = decode(data)
+    if len(text) > pdf_text.MAX_CHARS:
+        raise PaperFault(f"the file holds more than {pdf_text.MAX_CHARS} characters: it is no paper")
+    text = cleaning.plain(text)
     if not text:
         raise PaperFault("the file is empty")
     return text

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from balancer.batch.names import readable
 from balancer.batch.report import Row
 from balancer.batch.run import Observer
 
@@ -57,13 +58,13 @@ def in_words(seconds: float | None) -> str:
 
 def _told(row: Row, asked: int) -> str:
     if row.error is not None:
-        return f"failed: {row.file} ({row.error})"
+        return f"failed: {readable(row.file)} ({row.error})"
     notes = [f"{len(row.answers)} answers"]
     if row.sections > 1:
         notes.append(f"read in {row.sections} sections")
     if not asked:
         notes.append("answered earlier")
-    return f"done: {row.file} ({', '.join(notes)})"
+    return f"done: {readable(row.file)} ({', '.join(notes)})"
 
 
 @dataclass(slots=True)

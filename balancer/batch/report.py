@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
 from balancer.batch.journal import Answer
+from balancer.batch.names import readable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +45,7 @@ class Row:
         prompt_tokens = sum(answer.prompt_tokens for answer in self.answers.values())
         output_tokens = sum(answer.output_tokens for answer in self.answers.values())
         fields = {
-            "file": str(self.file),
+            "file": readable(self.file),
             "sha256": self.sha256,
             "preset": self.preset,
             "model": self.model,
@@ -63,9 +64,25 @@ class Row:
         return json.dumps(fields, ensure_ascii=False)
 
 
+def kept_rows(lines: Iterable[str], files: Sequence[PurePath], preset: str, model: str) -> dict[int, str]:
+    """The rows of an earlier `results.jsonl` on these files, this preset and model; by the file's index."""
+    indices = {readable(file): index for index, file in enumerate(files)}
+    kept: dict[int, str] = {}
+    for line in lines:
+        try:
+            row = json.loads(line)
+            index = indices.get(row["file"])
+            ours = (row["preset"], row["model"]) == (preset, model)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue  # not one of our rows: somebody edited the file
+        if index is not None and ours:
+            kept[index] = line.rstrip("\n")
+    return kept
+
+
 def markdown(row: Row) -> str:
     """The report on one paper, for people."""
-    parts = [f"# {_one_line(row.file.name)}", _origin(row)]
+    parts = [f"# {_one_line(readable(row.file.name))}", _origin(row)]
     if row.error is not None:
         parts.append(f"**This paper failed:** {_one_line(row.error)}")
     for name, answer in row.answers.items():
@@ -87,22 +104,3 @@ def _origin(row: Row) -> str:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-def report_names(files: Sequence[PurePath]) -> tuple[str, ...]:
-    """A file name for each report: the paper's own, with a number where another paper has it already.
-
-    Names that differ only in case count as the same, as they do on a Mac's disk.
-    """
-    stems = {file.stem.casefold() for file in files}
-    taken: set[str] = set()
-    names: list[str] = []
-    for file in files:
-        name, number = file.stem, 1
-        # A made-up name must not take away the name of a paper that comes later.
-        while name.casefold() in taken or (number > 1 and name.casefold() in stems):
-            number += 1
-            name = f"{file.stem}-{number}"
-        taken.add(name.casefold())
-        names.append(f"{name}.md")
-    return tuple(names)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -18,9 +18,10 @@ from balancer.batch import asks, papers, sections
 from balancer.batch.asks import Place, Request
 from balancer.batch.client import Asker, AskFault, ContextExceeded, OfferedModel, Reply
 from balancer.batch.journal import Answer, Answered, Cut, Journal, Subject
+from balancer.batch.names import report_names
 from balancer.batch.papers import PaperFault
 from balancer.batch.presets import Preset, Prompt
-from balancer.batch.report import Row, markdown, report_names
+from balancer.batch.report import Row, kept_rows, markdown
 
 RESULTS = "results.jsonl"
 JOURNAL = "journal.jsonl"
@@ -74,6 +75,10 @@ class Run:
     _density: sections.Density = field(default_factory=sections.Density, init=False)
     _room: asyncio.Semaphore = field(init=False)
     _reading: asyncio.Semaphore = field(init=False)
+    _turns: dict[Subject, asyncio.Lock] = field(default_factory=dict, init=False)
+    """Copies of one paper go one after the other: what the first has asked, the next finds answered ..."""
+    _refused: dict[Subject, str] = field(default_factory=dict, init=False)
+    """... and what it got no answer to in this run is not asked again either."""
 
     def __post_init__(self) -> None:
         self._room = asyncio.Semaphore(self.job.requests_at_once)
@@ -82,8 +87,8 @@ class Run:
     async def all(self) -> tuple[Row, ...]:
         """A row for each paper, in the order of the papers; reports and `results.jsonl` are written.
 
-        A run that is cancelled still leaves the rows of the papers that were through. Raises `OSError`
-        where the results cannot be written.
+        A run that is cancelled still leaves the rows of the papers that were through, and those that an
+        earlier run had left of the others. Raises `OSError` where the results cannot be written.
         """
         rows: dict[int, Row] = {}
         names = report_names(self.job.papers)
@@ -99,9 +104,16 @@ class Run:
                 raise
             raise _first(full) from None
         finally:
-            ordered = tuple(rows[index] for index in sorted(rows))
-            _write(self.job.out / RESULTS, "".join(row.to_json() + "\n" for row in ordered))
-        return ordered
+            self._write_results(rows)
+        return tuple(rows[index] for index in range(len(self.job.papers)))
+
+    def _write_results(self, rows: Mapping[int, Row]) -> None:
+        path = self.job.out / RESULTS
+        lines = {index: row.to_json() for index, row in rows.items()}
+        if len(rows) < len(self.job.papers) and path.exists():
+            with path.open(encoding="utf-8", errors="replace") as old:
+                lines = kept_rows(old, self.job.papers, self.job.preset.name, self.job.model.name) | lines
+        _write(path, "".join(lines[index] + "\n" for index in sorted(lines)))
 
     async def _papers(
         self, turns: Iterator[tuple[int, Path]], names: Sequence[str], rows: dict[int, Row]
@@ -123,7 +135,7 @@ class Run:
                 text = await papers.text_of(document) if self._open_prompts(subject) else None
                 del document
             if text is not None:
-                await self._questions(subject, text, steps)
+                await self._asked_once(subject, text, steps)
         except (PaperFault, AskFault) as fault:
             error = str(fault)
         return Row(
@@ -134,6 +146,18 @@ class Run:
             error=error,
             answers=self._answers(subject) if subject else {},
         )
+
+    async def _asked_once(self, subject: Subject, text: str, steps: _Steps) -> None:
+        async with self._turns.setdefault(subject, asyncio.Lock()):
+            if subject in self._refused:
+                raise AskFault(self._refused[subject])
+            if not self._open_prompts(subject):
+                return
+            try:
+                await self._questions(subject, text, steps)
+            except AskFault as fault:
+                self._refused[subject] = str(fault)
+                raise
 
     def _subject(self, sha256: str) -> Subject:
         return Subject(document=sha256, preset=self.job.preset.fingerprint, model=self.job.model.name)
@@ -190,7 +214,11 @@ class Run:
             await _together(
                 [
                     self._merge(
-                        subject, prompt, [partial[Place(i, prompt.name)] for i in range(len(pieces))], steps
+                        subject,
+                        prompt,
+                        [partial[Place(i, prompt.name)] for i in range(len(pieces))],
+                        asks.merged_chars(self.job.preset, prompt, section_chars=chars),
+                        steps,
                     )
                     for prompt in self._open_prompts(subject)
                 ]
@@ -201,7 +229,11 @@ class Run:
     ) -> dict[Place, Answer]:
         """The answer to each open prompt about each piece."""
         prompts = {prompt.name: prompt for prompt in self._open_prompts(subject)}
-        parts = [_fingerprint(piece) if len(pieces) > 1 else "" for piece in pieces]
+        count = len(pieces)
+        # With its number, which the question names: two sections may hold the same text.
+        parts = [
+            _fingerprint(f"{i} of {count}", piece) if count > 1 else "" for i, piece in enumerate(pieces)
+        ]
         given = {
             Place(i, name): answer
             for i, part in enumerate(parts)
@@ -234,17 +266,15 @@ class Run:
     # ... and how the answers about sections become one.
 
     async def _merge(
-        self, subject: Subject, prompt: Prompt, partial: Sequence[Answer], steps: _Steps
+        self, subject: Subject, prompt: Prompt, partial: Sequence[Answer], max_chars: int, steps: _Steps
     ) -> None:
-        """Neighbours first, and what comes of them again, until one answer is left."""
+        """Neighbours first, and what comes of them again, until one answer is left.
+
+        How many at once follows from what the journal says alone, and not from what this run has learned
+        of the model: a run that is resumed makes the same groups, and finds their answers.
+        """
         count = len(partial)
         level = list(partial)
-        max_chars = sections.text_chars(
-            context_tokens=self._context_tokens,
-            answer_tokens=self._answer_tokens(prompt),
-            other_chars=asks.merge_question_chars(self.job.preset, prompt),
-            density=self._density,
-        )
         while len(level) > 1:
             lengths = [len(asks.merged_material([answer.text])) for answer in level]
             groups = sections.groups(lengths, max_chars)
@@ -328,7 +358,8 @@ async def _together(awaitables: Sequence[Awaitable[_T]]) -> list[_T]:
 
 def _write(path: Path, text: str) -> None:
     """Whole or not at all: a reader never sees half a report."""
-    draft = path.with_name(f".{path.name}.new")
+    # A name of its own, and short: the path's may be as long as the disk allows.
+    draft = path.with_name(f".{_fingerprint(path.name)[:32]}.new")
     draft.write_text(text, encoding="utf-8", errors="replace")
     os.replace(draft, path)
 

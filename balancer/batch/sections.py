@@ -62,12 +62,13 @@ def text_chars(*, context_tokens: int, answer_tokens: int, other_chars: int, den
     return int(tokens * density.chars_per_token) - other_chars
 
 
-# Where a text may be cut, best first; a cut falls at the end of the match.
+# Where a text may be cut, best first; a cut falls at the end of the match. Before a heading only the last of
+# many blank lines is looked at: to look from each of them to the last takes the square of their number.
 _BORDERS = tuple(
     re.compile(pattern)
     for pattern in (
-        r"\n\s*\n(?=\#{1,6}\s|\d{1,2}(?:\.\d{1,2}){0,3}\.?\s+[A-Z]|(?i:abstract|introduction|methods?|results|discussion|conclusions?|references|appendix)\b)",
-        r"\n\s*\n",
+        r"\n[^\S\n]*\n(?=\#{1,6}\s|\d{1,2}(?:\.\d{1,2}){0,3}\.?\s+[A-Z]|(?i:abstract|introduction|methods?|results|discussion|conclusions?|references|appendix)\b)",
+        r"\n(?:[^\S\n]*\n)+",
         r"\n",
         r"(?<=[.!?;])\s",
         r"\s",
@@ -97,7 +98,7 @@ def split(text: str, max_chars: int) -> tuple[str, ...]:
 
 def _border(text: str, *, earliest: int, wanted: int, latest: int) -> int:
     for border in _BORDERS:
-        # A blank line may be long; looking a little before `earliest` finds one that ends after it.
+        # Looking a little before `earliest` finds a blank line that ends after it.
         ends = [
             match.end()
             for match in border.finditer(text, max(0, earliest - 2), latest)

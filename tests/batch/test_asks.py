@@ -7,7 +7,8 @@ from balancer.batch.asks import (
     Place,
     about_text,
     longest_question_chars,
-    merge_question_chars,
+    merged_chars,
+    merged_material,
     merging,
     rounds,
 )
@@ -77,4 +78,15 @@ def test_the_room_kept_for_a_question_is_enough(text: str, section: int, section
 def test_a_merge_holds_every_answer_in_order_and_the_question():
     request = merging(PRESET, PRESET.prompts[0], ["one", "two"], model="m", max_tokens=9)
     assert request.user.index("one") < request.user.index("two") < request.user.index("What?")
-    assert merge_question_chars(PRESET, PRESET.prompts[0]) < request.chars
+
+
+@given(st.lists(st.text(min_size=1, max_size=300), min_size=2, max_size=9), st.sampled_from(PRESET.prompts))
+def test_a_merge_of_what_may_go_into_it_is_no_longer_than_a_question_about_a_section(
+    partial: list[str], prompt: Prompt
+):
+    longest_section = 2000
+    room = merged_chars(PRESET, prompt, section_chars=longest_section)
+    request = merging(PRESET, prompt, partial, model="m", max_tokens=9)
+    assert (len(merged_material(partial)) <= room) == (
+        request.chars <= longest_section + longest_question_chars(PRESET)
+    )

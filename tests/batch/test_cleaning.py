@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from balancer.batch.cleaning import pages, plain
+
+from .conftest import LINEAR, MONOTONOUS, SQUARE, growth
 
 BODY = "The quick brown fox jumps over the lazy dog number"
 
@@ -74,6 +77,30 @@ def test_no_body_line_is_lost_whatever_the_head(lengths: list[int], head: str):
     assert [line for lines in bodies for line in lines] == [
         line for line in text.split("\n") if line.startswith(BODY)
     ]
+
+
+@pytest.mark.parametrize("unit", MONOTONOUS)
+def test_cleaning_takes_a_time_that_grows_as_the_text_does(unit: str):
+    assert growth(plain, unit) < (LINEAR + SQUARE) / 2
+    assert growth(lambda text: pages([f"a{text}a", text]), unit) < (LINEAR + SQUARE) / 2
+
+
+@pytest.mark.parametrize("unit", MONOTONOUS)
+def test_a_long_text_of_nothing_much_is_cleaned(unit: str):
+    text = plain(f"a{unit * (300_000 // len(unit))}a")
+    assert text.startswith("a")
+    assert text.endswith("a")
+    assert plain(text) == text
+
+
+def test_a_heap_of_accents_is_left_as_it_is():
+    heap = "e" + "\u0301\u0323" * 20
+    assert plain(heap) == heap
+    assert plain("e\u0301") == "\u00e9"
+
+
+def test_an_accent_after_an_invisible_character_joins_its_letter():
+    assert plain("e\u00ad\u0301") == "\u00e9"
 
 
 @given(st.text())

@@ -28,7 +28,12 @@ async def start(tmp_path: Path, *arguments: str | Path) -> asyncio.subprocess.Pr
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        env=environment | {"XDG_CONFIG_HOME": str(tmp_path / "config"), "COLUMNS": "200"},
+        env=environment
+        | {
+            "XDG_CONFIG_HOME": str(tmp_path / "config"),
+            "COLUMNS": "200",
+            "PYTHONIOENCODING": "utf-8:strict",  # as on a desktop; a bare C locale forgives what is not UTF-8
+        },
     )
 
 
@@ -72,6 +77,24 @@ async def test_a_failed_paper_is_told_and_the_others_are_done(endpoint: FakeEndp
     assert code == 1
     assert "1 completed, 1 failed" in said
     assert "scan.pdf: the PDF is damaged" in said
+
+
+async def test_a_paper_whose_name_is_not_utf_8_is_done_as_the_others_are(
+    endpoint: FakeEndpoint, tmp_path: Path
+):
+    papers = papers_in(tmp_path / "papers", "bears")
+    try:
+        (papers / os.fsdecode(b"caf\xe9.txt")).write_text("This paper is about coffee.")
+        (papers / os.fsdecode(b"th\xe9.pdf")).write_bytes(b"%PDF-1.4 torn")
+    except OSError:
+        pytest.skip("this file system takes only names in UTF-8")
+    out = tmp_path / os.fsdecode(b"r\xe9sultats")
+    code, said, wrong = await batch(tmp_path, papers, "--out", out, "--url", endpoint.url)
+    assert (code, wrong) == (1, "")
+    assert "th\ufffd.pdf: the PDF is damaged" in said
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text("utf-8").splitlines()]
+    assert [Path(row["file"]).name for row in rows] == ["bears.txt", "caf\ufffd.txt", "th\ufffd.pdf"]
+    assert {path.name for path in out.glob("*.md")} == {"bears.md", "caf\ufffd.md", "th\ufffd.md"}
 
 
 async def test_an_interrupted_run_says_how_to_resume_and_a_second_one_asks_nothing_twice(

@@ -78,6 +78,21 @@ async def test_an_engine_that_keeps_failing_gets_three_tries(endpoint: FakeEndpo
     assert len(endpoint.asked) == 3
 
 
+async def test_waiting_for_room_uses_up_no_tries_of_an_engine_that_failed(endpoint: FakeEndpoint):
+    endpoint.refusals = [refusal(503), refusal(503), refusal(503), refusal(502), refusal(503), refusal(502)]
+    async with connected(endpoint.url, patience=QUICK) as to:
+        assert (await to.ask(request())).text
+    assert len(endpoint.headers) == 7
+
+
+async def test_an_engine_that_fails_between_waits_for_room_still_gets_three_tries(endpoint: FakeEndpoint):
+    endpoint.refusals = [refusal(status) for status in (502, 503, 502, 429, 502)]
+    async with connected(endpoint.url, patience=QUICK) as to:
+        with pytest.raises(AskFault, match="answered 502"):
+            await to.ask(request())
+    assert len(endpoint.headers) == 5
+
+
 @pytest.mark.parametrize(
     "error", [{"code": "context_length_exceeded"}, {"code": 400, "type": "exceed_context_size_error"}]
 )
@@ -135,14 +150,14 @@ def test_trying_again_ends_and_honours_what_was_asked(
 ):
     patience = Patience()
     pause = pause_after(patience, failure, tries=tries, seconds=seconds, dice=lambda: roll)
-    if pause is None:
-        return
-    assert pause > 0
-    assert seconds + pause <= patience.busy_seconds
-    if isinstance(failure, Busy):
+    if isinstance(failure, Broke):
+        # Its tries end it, however long each of them took.
+        assert (pause is None) == (tries >= patience.broken_tries)
+    elif pause is not None:
+        assert seconds + pause <= patience.busy_seconds
+        assert isinstance(failure, Busy)
         assert pause >= min(failure.retry_after or 0, patience.longest_retry_after_seconds)
-    else:
-        assert tries < patience.broken_tries
+    assert pause is None or pause > 0
 
 
 def test_retry_after_is_seconds_or_a_date():

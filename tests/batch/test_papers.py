@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from fpdf import FPDF
 from hypothesis import given
 from hypothesis import strategies as st
 
+from balancer.batch import pdf_text
 from balancer.batch.papers import PaperFault, decode, expand, load, text_of
 
 from .conftest import MakePdf
@@ -77,6 +79,23 @@ async def test_a_text_file_without_text_is_a_fault(data: bytes, reason: str, tmp
     (tmp_path / "p.md").write_bytes(data)
     with pytest.raises(PaperFault, match=reason):
         await read(tmp_path / "p.md")
+
+
+async def test_a_text_file_longer_than_any_paper_is_a_fault(tmp_path: Path):
+    (tmp_path / "p.txt").write_bytes(b"a" * (pdf_text.MAX_CHARS + 1))
+    with pytest.raises(PaperFault, match="more than 20000000 characters: it is no paper"):
+        await read(tmp_path / "p.txt")
+
+
+def test_a_pipe_is_no_paper_and_keeps_nobody_waiting(tmp_path: Path):
+    (tmp_path / "in").mkdir()
+    pipe = tmp_path / "in" / "p.txt"
+    os.mkfifo(pipe)
+    with pytest.raises(PaperFault, match=r"p\.txt is no file"):
+        expand([pipe], out=tmp_path / "out")
+    assert expand([tmp_path / "in"], out=tmp_path / "out") == []
+    with pytest.raises(PaperFault, match="it is no file"):
+        load(pipe)
 
 
 def test_a_file_that_is_gone_is_a_fault(tmp_path: Path):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import os
+from dataclasses import replace
 from pathlib import PurePath
 
 import pytest
@@ -43,6 +45,18 @@ def test_without_a_terminal_each_paper_is_a_line():
     assert said == [
         "[1/2] done: p[1].md (1 answers, read in 2 sections), about 30 s left",
         "[2/2] failed: p[1].md (broken)",
+    ]
+
+
+def test_a_paper_whose_name_is_not_utf_8_has_a_line_that_can_be_printed():
+    said: list[str] = []
+    lines = Lines(2, said.append, clock=lambda: 0.0)
+    odd = PurePath(os.fsdecode(b"caf\xe9.txt"))
+    lines.finished(0, replace(row(), file=odd), asked=0)
+    lines.finished(1, replace(row(error="broken"), file=odd), asked=0)
+    assert [line.encode().decode().split(" (")[0] for line in said] == [
+        "[1/2] done: caf\ufffd.txt",
+        "[2/2] failed: caf\ufffd.txt",
     ]
 
 

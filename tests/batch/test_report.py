@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import replace
 from pathlib import PurePath
 
-from hypothesis import given
-from hypothesis import strategies as st
-
 from balancer.batch.journal import Answer
-from balancer.batch.report import Row, markdown, report_names
+from balancer.batch.report import Row, kept_rows, markdown
 
 
 def row(error: str | None = None, **answers: Answer) -> Row:
@@ -48,13 +47,22 @@ def test_a_failed_paper_has_its_reason_in_row_and_report():
     assert "**This paper failed:** the PDF is damaged" in markdown(failed)
 
 
-def test_papers_with_the_same_name_get_reports_of_their_own():
-    files = [PurePath(name) for name in ("x/a.pdf", "y/A.txt", "z/a.md", "a-2.md", "b.pdf")]
-    assert report_names(files) == ("a.md", "A-3.md", "a-4.md", "a-2.md", "b.md")
+def test_a_name_that_is_not_utf_8_can_be_written_into_row_and_report():
+    odd = replace(row(), file=PurePath(os.fsdecode(b"in/caf\xe9.txt")))
+    assert json.loads(odd.to_json().encode())["file"] == "in/caf\ufffd.txt"
+    assert markdown(odd).encode().startswith("# caf\ufffd.txt".encode())
 
 
-@given(st.lists(st.sampled_from(["a", "A", "a-2", "a-2-2", "b"])))
-def test_report_names_never_collide(stems: list[str]):
-    names = report_names([PurePath(f"{stem}.pdf") for stem in stems])
-    assert len(names) == len(stems)
-    assert len({name.casefold() for name in names}) == len(names)
+def test_rows_of_an_earlier_run_are_kept_for_the_same_file_preset_and_model():
+    old = row(a=Answer(text="yes"))
+    lines = [
+        replace(old, preset="other").to_json() + "\n",
+        old.to_json() + "\n",
+        replace(old, model="other").to_json() + "\n",
+        replace(old, file=PurePath("in/gone.pdf")).to_json() + "\n",
+        "{}\n",
+        "[]\n",
+        '{"file": [], "preset": "p", "model": "m"}\n',
+        "torn",
+    ]
+    assert kept_rows(lines, [PurePath("in/new.pdf"), old.file], "p", "m") == {1: old.to_json()}

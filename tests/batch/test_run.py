@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -255,3 +256,100 @@ async def test_results_that_cannot_be_written_end_the_run(endpoint: FakeEndpoint
     (tmp_path / "out" / "paper0.md").mkdir(parents=True)
     with pytest.raises(OSError):
         await run(endpoint, papers, tmp_path / "out")
+
+
+async def test_a_paper_with_a_name_as_long_as_the_disk_allows_is_a_row_and_a_report(
+    endpoint: FakeEndpoint, tmp_path: Path
+):
+    paper = tmp_path / ("論" * 83 + ".txt")
+    paper.write_text("Bears.")
+    (row,) = await run(endpoint, [paper], tmp_path / "out")
+    assert row.completed
+    (report,) = (tmp_path / "out").glob("論*.md")
+    assert "## One" in report.read_text()
+    assert len(rows_in(tmp_path / "out")) == 1
+    assert not list((tmp_path / "out").glob("*.new"))
+
+
+async def test_an_interrupted_second_run_keeps_the_rows_of_the_papers_that_it_did_not_reach(
+    endpoint: FakeEndpoint, tmp_path: Path
+):
+    out = tmp_path / "out"
+    papers = text_papers(tmp_path, "Bears.", "Owls.", "Foxes.")
+    await run(endpoint, papers, out)
+    before = rows_in(out)
+    papers[0].write_text("Badgers.")
+    papers[1].write_text("Eagles.")
+    endpoint.held = "Eagles."
+    with pytest.raises(asyncio.CancelledError):
+        async with asyncio.TaskGroup() as group:
+            second = group.create_task(run(endpoint, papers, out, papers_at_once=1))
+            await endpoint.until(lambda: endpoint.answering == 1 and len(endpoint.answered) == 12)
+            second.cancel()
+        await second
+    after = rows_in(out)
+    assert [row["file"] for row in after] == [str(paper) for paper in papers]
+    assert after[0]["sha256"] != before[0]["sha256"]
+    assert after[1:] == before[1:]
+
+
+async def test_merges_that_were_made_before_a_failure_are_not_made_again(
+    endpoint: FakeEndpoint, tmp_path: Path
+):
+    one = PRESET.model_copy(update={"prompts": PRESET.prompts[:1]})
+    endpoint.context_tokens = 512
+    (paper,) = text_papers(tmp_path, "\n\n".join(f"Part {part}. {LONG}" for part in range(5)))
+    (row,) = await run(endpoint, [paper], tmp_path / "whole", preset=one, context_tokens=512)
+    assert row.completed
+    asked = endpoint.questions()
+    last = asked[-1]
+    assert sum("[Answer" in text for text in asked) > 2
+    endpoint.answered.clear()
+    endpoint.breaks_on = last
+    (row,) = await run(endpoint, [paper], tmp_path / "out", preset=one, context_tokens=512)
+    assert not row.completed
+    endpoint.breaks_on = None
+    (row,) = await run(endpoint, [paper], tmp_path / "out", preset=one, context_tokens=512)
+    assert row.completed
+    assert sorted(endpoint.questions()) == sorted(asked)
+
+
+async def test_sections_with_the_same_text_keep_the_answers_that_each_of_them_got(
+    endpoint: FakeEndpoint, tmp_path: Path
+):
+    one = PRESET.model_copy(update={"prompts": PRESET.prompts[:1]})
+    (paper,) = text_papers(tmp_path, "a" * 2400)
+    endpoint.breaks_on = "[Answer"
+    (row,) = await run(endpoint, [paper], tmp_path / "out", preset=one, context_tokens=512)
+    assert not row.completed
+    endpoint.breaks_on = None
+    (row,) = await run(endpoint, [paper], tmp_path / "out", preset=one, context_tokens=512)
+    *sections, merge = endpoint.questions()
+    assert len(sections) == len(set(sections)) == row.sections
+    assert merge.count("[Answer") == row.sections
+    assert len(set(re.findall(r"^answer \w+$", merge, re.MULTILINE))) == row.sections
+
+
+async def test_two_copies_of_a_paper_are_asked_once_and_both_get_a_row(
+    endpoint: FakeEndpoint, tmp_path: Path
+):
+    papers = text_papers(tmp_path, "Bears.", "Owls.", "Bears.")
+    rows = await run(endpoint, papers, tmp_path / "out")
+    assert [row.file for row in rows] == papers
+    assert all(row.completed for row in rows)
+    assert rows[0].answers == rows[2].answers
+    assert len(endpoint.asked) == 6
+    assert "## Three" in (tmp_path / "out" / "paper2.md").read_text()
+
+
+async def test_what_was_refused_to_one_copy_of_a_paper_is_not_asked_for_the_other(
+    endpoint: FakeEndpoint, tmp_path: Path
+):
+    endpoint.breaks_on = "Bears."
+    rows = await run(endpoint, text_papers(tmp_path, "Bears.", "Bears."), tmp_path / "out")
+    assert [row.completed for row in rows] == [False, False]
+    assert rows[0].error == rows[1].error
+    assert len(endpoint.asked) == QUICK.broken_tries
+    endpoint.breaks_on = None
+    rows = await run(endpoint, text_papers(tmp_path, "Bears.", "Bears."), tmp_path / "out")
+    assert all(row.completed for row in rows)

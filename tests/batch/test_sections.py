@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 
 from balancer.batch.sections import Density, answer_tokens, groups, split, text_chars
 
+from .conftest import LINEAR, MONOTONOUS, SQUARE, growth
+
 TEXT = st.text(alphabet="ab .\n#1A", max_size=400) | st.text(max_size=200)
 
 
@@ -32,6 +34,22 @@ def test_a_cut_prefers_a_heading_then_a_paragraph_then_a_sentence():
     assert split(f"{filler}\n\nmore\n\n# Heading\n{filler}", 80)[1].startswith("# Heading")
     assert split(f"{filler}.\n\n{filler}\n{filler}", 90)[0].endswith("\n\n")
     assert split("One two. Three four. Five six seven.", 24)[0] == "One two. Three four. "
+
+
+@pytest.mark.parametrize("unit", MONOTONOUS)
+def test_cutting_takes_a_time_that_grows_as_the_text_does(unit: str):
+    assert growth(lambda text: split(text, len(text) // 3), unit) < (LINEAR + SQUARE) / 2
+
+
+@pytest.mark.parametrize("unit", MONOTONOUS)
+def test_a_long_text_of_nothing_much_is_cut(unit: str):
+    text = unit * (300_000 // len(unit))
+    assert "".join(split(text, 100_000)) == text
+
+
+def test_a_cut_in_many_blank_lines_falls_after_the_last():
+    text = "word " * 10 + "\n \n\n\n" + "word " * 10
+    assert split(text, 90)[1].startswith("word")
 
 
 def test_a_limit_of_nothing_is_refused():
