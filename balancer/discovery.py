@@ -29,11 +29,13 @@ log = logging.getLogger(__name__)
 
 MAX_GUESTS = 256  # workers that the config does not list
 MAX_ADDRESSES = 8  # of one announcement
+MAX_REFUSALS_TOLD = 64  # a warning each, in all; anybody may announce anything
 FORGET_AFTER_SECONDS = 600.0
 EVICT_AFTER_SECONDS = 30.0
 """When the room is full, a guest that has never reported for so long makes way for another."""
 TRY_NEXT_AFTER_SECONDS = 4.0
-"""A lost worker's next address is tried; a try on a silent address takes `wire.LOST_AFTER_SECONDS`."""
+"""A lost worker's next address is tried, or the one that mDNS announces for an agent that had joined; a try
+on a silent address takes `wire.LOST_AFTER_SECONDS`."""
 
 Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 Interface: TypeAlias = ipaddress.IPv4Interface | ipaddress.IPv6Interface
@@ -103,6 +105,7 @@ class Roster:
         self._agent_headers = dict(agent_headers or {})
         self._interfaces = interfaces or own_interfaces
         self._members: dict[WorkerId, _Member] = {}
+        self._refusals_told: set[tuple[str, frozenset[str]]] = set()
 
     @property
     def workers(self) -> tuple[Worker, ...]:
@@ -141,7 +144,11 @@ class Roster:
         self._welcome(WorkerId(join.id), (url,), _Source.JOINED)
 
     def found(self, agent_id: str, addresses: Sequence[str], port: int) -> None:
-        """mDNS announced an agent; ignored when it is known better already, or cannot be let in."""
+        """mDNS announced an agent; ignored when it is known better already.
+
+        One that cannot be let in is warned of once: nobody answers an announcement, so the log is where to
+        learn of two agents with one id.
+        """
         if not 1 <= port <= 65535:
             return
         usable = by_reachability(addresses, self._interfaces())
@@ -152,7 +159,10 @@ class Roster:
         try:
             self._welcome(WorkerId(agent_id), urls, _Source.FOUND)
         except NotAdmitted as refused:
-            log.debug("announced agent %s stays out: %s", agent_id, refused)
+            refusal = agent_id, frozenset(urls)
+            if refusal not in self._refusals_told and len(self._refusals_told) < MAX_REFUSALS_TOLD:
+                self._refusals_told.add(refusal)
+                log.warning("agent %s, announced at %s, stays out: %s", agent_id, urls[0], refused)
 
     # What becomes of them ...
 
@@ -193,16 +203,19 @@ class Roster:
     def _welcome(self, worker_id: WorkerId, urls: tuple[str, ...], source: _Source) -> None:
         """An agent says that it is there, at one of these. Raises `NotAdmitted`."""
         known = self._members.get(worker_id)
-        if known is not None and known.source > source:
+        if known is not None and known.source > source and not self._is_given_up(known):
             return
         if known is not None and known.worker.url in urls:
             # Nothing new: an agent keeps its connection, whatever else was announced for it.
             known.source, known.urls = source, urls
             return
         if known is not None and known.lost_since is None:
+            if not set(urls).isdisjoint(known.urls):
+                return  # heard by another of its network cards
             # Whoever is alive under an id keeps it: an announcement is no proof of being the same agent.
             raise NotAdmitted(
                 f'an agent called "{worker_id}" is alive at {known.worker.url}: give this one another id'
+                " with --id"
             )
         rivals = [m for m in self._members.values() if m.worker.url in urls and m is not known]
         if any(rival.source is _Source.STATIC for rival in rivals):
@@ -219,6 +232,12 @@ class Roster:
         if known is None:
             self._make_way()
         self._put(Worker(id=worker_id, type="agent", url=free[0]), self._agent_headers, source, free)
+
+    def _is_given_up(self, member: _Member) -> bool:
+        """Nobody is heard where it is, and there was time to be: an announcement may know better."""
+        if member.source is _Source.STATIC or member.lost_since is None:
+            return False
+        return self._clock() - max(member.tried_at, member.lost_since) >= TRY_NEXT_AFTER_SECONDS
 
     def _make_way(self) -> None:
         guests = [member for member in self._members.values() if member.source is not _Source.STATIC]
@@ -373,7 +392,8 @@ class Browser:
         try:
             self._zeroconf = self._opened()
             await self._zeroconf.zeroconf.async_wait_for_start()
-        except (OSError, ZeroconfError, TimeoutError) as error:
+        except (OSError, ZeroconfError, RuntimeError, TimeoutError) as error:
+            # RuntimeError is what zeroconf raises where no interface is up.
             # As text: an exception kept in a log record would keep the half-opened sockets too.
             log.warning("cannot listen for mDNS (%s): %s", str(error), OPEN_ROADS)
             await self.aclose()

@@ -28,11 +28,12 @@ from balancer.core.model import (
     Worker,
     WorkerId,
 )
-from balancer.worker_types import MAX_PROBE_BYTES, WORKER_TYPES, ProbeFailed
+from balancer.worker_types import MAX_PROBE_BYTES, WORKER_TYPES, ProbeFailed, said_in
 from worker_agent import wire
 
 log = logging.getLogger(__name__)
 
+MAX_COMPLAINT_BYTES = 4096
 NO_HEADERS: Final[Mapping[str, str]] = {}
 _ENDLESS = aiohttp.ClientTimeout(total=None)  # every exchange here stands under a deadline of its own
 
@@ -201,8 +202,10 @@ class _Watch:
             allow_redirects=False,
         ) as response:
             if response.status != 200:
-                advice = ": check the cluster key" if response.status in (401, 403) else ""
-                raise Unreached(f"it answered {wire.REPORT_PATH} with status {response.status}{advice}")
+                raise Unreached(
+                    f"it answered {wire.REPORT_PATH} with status {response.status}"
+                    f"{await _complaint(response.content)}"
+                )
             while line := await response.content.readline(max_line_length=wire.MAX_REPORT_BYTES):
                 report = wire.Report.from_line(line)
                 if report.id != self._worker.id:
@@ -250,6 +253,12 @@ class _Watch:
             raise Unreached(str(error)) from error
         except (aiohttp.ClientError, HttpProcessingError, OSError) as error:
             raise Unreached(_words(error), refused=_is_refused(error)) from error
+
+
+async def _complaint(content: aiohttp.StreamReader) -> str:
+    """What an agent says about turning us away, short and printable."""
+    said = said_in((await _bounded(content))[:MAX_COMPLAINT_BYTES])
+    return f": {said}" if said else ""
 
 
 async def _bounded(content: aiohttp.StreamReader) -> bytes:

@@ -64,7 +64,7 @@ def _read_lm_studio(status: int, body: bytes) -> Condition:
 
 def _read_openai(status: int, body: bytes) -> Condition:
     if (
-        status == 503 and "loading" in _said(body).lower()
+        status == 503 and "loading" in said_in(body).lower()
     ):  # llama.cpp: {"error": {"message": "Loading model"}}
         return Condition(ready=False, state="loading", detail="it loads its model")
     _accepted(status, body, "/v1/models")
@@ -86,7 +86,7 @@ def _accepted(status: int, body: bytes, path: str) -> None:
         case 404 | 405:
             advice = f'it has no {path}: check "type" and "port" of this worker in the config'
         case _:
-            advice = _said(body)
+            advice = said_in(body)
     raise ProbeFailed(f"it answered {path} with status {status}{': ' if advice else ''}{advice}")
 
 
@@ -173,7 +173,7 @@ def _name(value: object) -> ModelName | None:
     return ModelName(value) if usable and isinstance(value, str) else None
 
 
-def _said(body: bytes) -> str:
+def said_in(body: bytes) -> str:
     """The message in an OpenAI-like error body, short and printable; "" where there is none."""
     try:
         answer: object = orjson.loads(body[:MAX_PROBE_BYTES])

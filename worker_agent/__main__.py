@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 from collections.abc import Coroutine, Mapping
 from pathlib import Path
@@ -93,7 +94,7 @@ def run(
     _set_up_log(settings)
     try:
         _perform(agent.run(settings, exit_with_parent=exit_with_parent))
-    except (NoChoice, NoIdentity, agent.CannotListen) as error:
+    except (NoChoice, NoIdentity, agent.NoParent, agent.CannotListen) as error:
         _give_up(str(error))
 
 
@@ -154,7 +155,7 @@ def doctor(
         sys.stdout.buffer.write(orjson.dumps(findings, option=orjson.OPT_INDENT_2) + b"\n")
     else:
         _show(findings)
-    if isinstance(inspection.choice, NoChoice):
+    if findings["engine"] is None:
         raise typer.Exit(1)
 
 
@@ -221,8 +222,16 @@ def _settings(config: Path | None, flags: Mapping[str, object]) -> Settings:
 
 
 def _perform(work: Coroutine[Any, Any, _T]) -> _T:
+    _fill_standard_descriptors()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(work)
+
+
+def _fill_standard_descriptors() -> None:
+    """Opens those of 0 to 2 that we were started without: libuv aborts where one of them becomes its own."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
 
 
 def _set_up_log(settings: Settings) -> None:

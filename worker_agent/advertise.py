@@ -91,7 +91,8 @@ async def advertise(presence: Presence) -> None:
                         await asyncio.sleep(_LOOK_AGAIN_SECONDS)
                 _LOG.info("this machine's addresses changed; advertising anew")
                 continue
-        except (OSError, ZeroconfError, TimeoutError) as error:
+        except (OSError, ZeroconfError, RuntimeError, TimeoutError) as error:
+            # RuntimeError is what zeroconf raises where no interface is up.
             if not told_of_failure:
                 told_of_failure = True
                 _LOG.warning(

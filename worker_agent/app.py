@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
+import socket
+import stat
 import sys
 from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from aiohttp import web
 
 from worker_agent import hardware as machine
@@ -23,7 +27,7 @@ from worker_agent.hardware import Hardware
 from worker_agent.identity import identity
 from worker_agent.joining import join_all
 from worker_agent.settings import Settings, default_data_dir
-from worker_agent.sources import Sources
+from worker_agent.sources import Sources, parse_networks
 from worker_agent.supervised import Plan, SupervisedEngine
 from worker_agent.supervision import SupervisionPolicy
 from worker_agent.wire import EngineState, Report, ServedModel
@@ -34,6 +38,10 @@ _LINE_CHARACTERS = 400  # of a `wire.Line`
 
 class CannotListen(Exception):
     """The port is taken, or the address is none of this machine's."""
+
+
+class NoParent(Exception):
+    """Standard input is nothing whose other end a parent can hold."""
 
 
 class Stop:
@@ -75,8 +83,10 @@ async def inspect(settings: Settings) -> Inspection:
 async def run(settings: Settings, *, exit_with_parent: bool = False) -> None:
     """Runs an agent until it is told to stop.
 
-    Raises `NoChoice`, `NoIdentity` or `CannotListen` before anything runs.
+    Raises `NoParent`, `NoChoice`, `NoIdentity` or `CannotListen` before anything runs.
     """
+    if exit_with_parent:
+        _insist_on_parent()
     stop = Stop()
     with _signals(stop):
         inspection = await inspect(settings)
@@ -123,7 +133,7 @@ async def _serve(settings: Settings, agent_id: str, hardware: Hardware, choice: 
     def report() -> Report:
         return report_of(agent_id, engine, gateway, str(hardware), choice.advice)
 
-    gateway = Gateway(engine, report, changes, GatewayPolicy(sources=Sources(settings.allow_networks)))
+    gateway = Gateway(engine, report, changes, GatewayPolicy(sources=_sources(settings)))
     async with _listening(gateway, settings.host, settings.port) as port, engine.supervised():
         engine.want()
         presence = [join_all(settings.balancers, wire.Join(id=agent_id, port=port))]
@@ -142,6 +152,17 @@ async def _serve(settings: Settings, agent_id: str, hardware: Hardware, choice: 
         engine.hurry()
         await engine.stopped()
     _LOG.info("stopped")
+
+
+def _sources(settings: Settings) -> Sources:
+    """Private networks, those that were named, and this machine itself, which may have public addresses."""
+    own = (
+        address.address.partition("%")[0]
+        for addresses in psutil.net_if_addrs().values()
+        for address in addresses
+        if address.family in (socket.AF_INET, socket.AF_INET6)
+    )
+    return Sources((*settings.allow_networks, *parse_networks(list(own))))
 
 
 def report_of(
@@ -232,6 +253,19 @@ def _signals(stop: Stop) -> Iterator[None]:
     finally:
         for number in wanted:
             loop.remove_signal_handler(number)
+
+
+def _insist_on_parent() -> None:
+    """Raises `NoParent`. Asked first: uvloop aborts the whole process for an input that it cannot watch."""
+    try:
+        mode = os.fstat(0).st_mode
+    except OSError:  # closed
+        mode = 0
+    if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+        raise NoParent(
+            "--exit-with-parent needs a standard input that is a pipe or a socket, whose other end the parent"
+            " holds open; without one, leave the flag out"
+        )
 
 
 class _ParentWatch(asyncio.Protocol):

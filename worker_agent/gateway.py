@@ -57,6 +57,7 @@ class Backend(Protocol):
     def plan(self) -> Plan: ...
     @property
     def serving(self) -> Serving | None: ...
+    def heard(self, serving: Serving) -> None: ...
     def doubt(self, serving: Serving) -> None: ...
 
 
@@ -167,10 +168,14 @@ class Gateway:
             report = self._report()
             message = f"the engine is {report.state}. {report.detail}".strip()
             raise _Refused(503, "engine_not_ready", message, retry_after=2)
+        try:
+            sent = orjson.dumps({**body, "model": serving.model})
+        except orjson.JSONEncodeError:  # orjson reads deeper nesting than it writes (254 levels)
+            raise _Refused(400, "nested_too_deeply", "the request's body is nested too deeply") from None
         if len(self._open) >= plan.slots:
             raise _Refused(429, "no_free_slot", f"all {plan.slots} slots are taken", retry_after=1)
         async with self._slot(request):
-            return await self._pass_on(request, orjson.dumps({**body, "model": serving.model}), serving)
+            return await self._pass_on(request, sent, serving)
 
     @contextlib.asynccontextmanager
     async def _slot(self, request: web.Request) -> AsyncIterator[None]:
@@ -216,7 +221,7 @@ class Gateway:
                 },
                 allow_redirects=False,
             )
-        except aiohttp.ClientConnectorError:
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
             self._engine.doubt(serving)
             raise _Refused(502, "engine_unreachable", "the engine accepts no connection", 1) from None
         except (aiohttp.ClientError, TimeoutError):
@@ -226,14 +231,17 @@ class Gateway:
                 answer.status == 401 or 300 <= answer.status < 400
             ):  # between it and us; not the client's to see
                 raise _Refused(502, "engine_refused", f"the engine answered with status {answer.status}", 1)
-            return await self._stream(request, answer)
+            return await self._stream(request, answer, serving)
         finally:
             answer.close()  # at once, also when we are cancelled; it is a release where all has been read
 
-    async def _stream(self, request: web.Request, answer: aiohttp.ClientResponse) -> web.StreamResponse:
+    async def _stream(
+        self, request: web.Request, answer: aiohttp.ClientResponse, serving: Serving
+    ) -> web.StreamResponse:
         headers = {name: answer.headers[name] for name in _ANSWER_HEADERS if name in answer.headers}
         response = web.StreamResponse(status=answer.status, headers=headers)
         response.content_length = answer.content_length
+        self._engine.heard(serving)
         await response.prepare(request)
         tail = b""
         while True:
@@ -244,6 +252,7 @@ class Gateway:
                 return response
             if not chunk:
                 break
+            self._engine.heard(serving)
             tail = (tail + chunk[-_TAIL_BYTES:])[-_TAIL_BYTES:]
             await response.write(chunk)
         if answer.content_type == "text/event-stream" and _END_MARKER not in tail:
@@ -266,8 +275,11 @@ class Gateway:
                 await response.write(self._report().to_line())
                 if self._closing:
                     return response
+                # What changes meanwhile is told by the next line: a busy agent must not write faster than a
+                # balancer reads, who would see the past, and take what is buffered for signs of life.
+                await asyncio.sleep(wire.REPORT_GAP_SECONDS)
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(wire.REPORT_INTERVAL_SECONDS):
+                    async with asyncio.timeout(wire.REPORT_INTERVAL_SECONDS - wire.REPORT_GAP_SECONDS):
                         await change.wait()
         finally:
             self._streams -= 1
@@ -294,6 +306,9 @@ class Gateway:
         except web.HTTPRequestEntityTooLarge:
             limit = self._policy.body_bytes
             return _Refused(413, "body_too_large", f"a body may have {limit} bytes").response()
+        except ConnectionError:
+            # The other side went away while it was written to: nobody is left to be told, nothing is wrong.
+            raise asyncio.CancelledError from None
         except web.HTTPException as error:
             return _Refused(error.status, "http_error", error.reason).response()
 

@@ -1,8 +1,8 @@
 """Is an engine ready? Only once it has generated a token, and only if it is ours that did.
 
 Engines were seen alive without a model, healthy until their first prompt, and silent beside another process
-that answered on their port. So: its loading is over, the port is held by our process, a wrong key is refused
-where the engine takes keys, and one token comes out.
+that answered on their port. So: its loading is over, the port is held by our process, a chat request with a
+wrong key is refused where the engine takes keys, and one token comes out.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,9 @@ from worker_agent.engines.spec import EngineSpec, generated, probe_body
 
 _POLL_SECONDS = 0.1
 _ASK_SECONDS = 5.0
-_DOUBT_TRIES = 5  # a second apart: macOS refuses connections to a listener whose short queue is full
+_CHAT_PATH = "/v1/chat/completions"
+_REFUSED_TRIES = 5  # a second apart: macOS refuses connections to a listener whose short queue is full
+_SILENT_TRIES = 3  # of _ASK_SECONDS each: the system takes connections for a stopped process, too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,26 +74,34 @@ async def until_it_generates(
         await asyncio.sleep(_POLL_SECONDS)
 
 
-async def answers_at_all(session: aiohttp.ClientSession, spec: EngineSpec, address: Address) -> bool:
-    """Whether anything is heard on its port within some seconds. Any word will do: busy is not deaf."""
-    for _ in range(_DOUBT_TRIES):
+async def answers_at_all(
+    session: aiohttp.ClientSession, spec: EngineSpec, address: Address, progress: Callable[[], int]
+) -> bool:
+    """Whether anything is heard of it within a few tries. Any word will do: busy is not deaf.
+
+    `progress` counts what running requests have got from it: while that grows, silence on its health path
+    means nothing.
+    """
+    before, refused, silent = progress(), 0, 0
+    while refused < _REFUSED_TRIES and silent < _SILENT_TRIES:
         try:
             await _status(session, address, spec.ready_path)
         except TimeoutError:
-            return True  # connected, and busy
+            silent += 1
         except aiohttp.ClientError:
+            refused += 1
             await asyncio.sleep(1.0)
         else:
+            return True
+        if progress() != before:
             return True
     return False
 
 
-async def _status(
-    session: aiohttp.ClientSession, address: Address, path: str, headers: Mapping[str, str] | None = None
-) -> int:
+async def _status(session: aiohttp.ClientSession, address: Address, path: str) -> int:
     async with session.get(
         address.url + path,
-        headers=address.headers if headers is None else headers,
+        headers=address.headers,
         timeout=aiohttp.ClientTimeout(total=_ASK_SECONDS),
         allow_redirects=False,
     ) as answer:
@@ -102,9 +112,22 @@ async def _insist_on_ours(session: aiohttp.ClientSession, address: Address, guar
     if await asyncio.to_thread(_held_by_another, address.port, guard_pid):
         raise NotOurs(f"another process listens on port {address.port}")
     if address.secret is not None:
-        status = await _status(session, address, "/v1/models", headers={"Authorization": "Bearer wrong"})
-        if status != 401:
-            raise NotOurs(f"the engine on port {address.port} accepts a wrong key")
+        # Asked on the route that matters: older llama-servers list their models to everybody. Engines look at
+        # the key before the body, so that an empty one will do.
+        status = await _status_for_a_wrong_key(session, address)
+        if status not in (401, 403):
+            raise NotOurs(f"the engine on port {address.port} answers a wrong key with status {status}")
+
+
+async def _status_for_a_wrong_key(session: aiohttp.ClientSession, address: Address) -> int:
+    async with session.post(
+        address.url + _CHAT_PATH,
+        data=b"{}",
+        headers={"Authorization": "Bearer wrong", "Content-Type": "application/json"},
+        timeout=aiohttp.ClientTimeout(total=_ASK_SECONDS),
+        allow_redirects=False,
+    ) as answer:
+        return answer.status
 
 
 def _held_by_another(port: int, guard_pid: int) -> bool:
@@ -123,7 +146,7 @@ def _held_by_another(port: int, guard_pid: int) -> bool:
 
 async def _generates(session: aiohttp.ClientSession, address: Address, model: str) -> bool:
     async with session.post(
-        address.url + "/v1/chat/completions",
+        address.url + _CHAT_PATH,
         data=orjson.dumps(probe_body(model)),
         headers={**address.headers, "Content-Type": "application/json"},
         timeout=aiohttp.ClientTimeout(total=None),

@@ -5,16 +5,19 @@ Only `app` and the command line read them; every other part is given its own pol
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
+import orjson
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
-    JsonConfigSettingsSource,
+    InitSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
@@ -49,6 +52,17 @@ def _split(value: object) -> object:
 def _http_url(url: str) -> str:
     if not url.startswith(("http://", "https://")):
         raise ValueError("must begin with http:// or https://, like http://192.168.1.10:4000")
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+        host.encode("idna")  # as the look-up of a name does
+    except ValueError:  # UnicodeError is one
+        host, port = "", None
+    if not host or not host.isprintable() or " " in host or port == 0:
+        raise ValueError(
+            "must name a host and a port, like http://192.168.1.10:4000;"
+            " between the dots of a name are 1 to 63 characters"
+        )
     return url
 
 
@@ -94,6 +108,7 @@ class Settings(BaseSettings):
 
 def load(config: Path | None, flags: Mapping[str, object]) -> Settings:
     """The settings from all layers; a flag that is None was not given. Raises `SettingsError`."""
+    from_file = None if config is None else _read(config)
 
     class Layers(Settings):
         @classmethod
@@ -105,12 +120,10 @@ def load(config: Path | None, flags: Mapping[str, object]) -> Settings:
             dotenv_settings: PydanticBaseSettingsSource,
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            if config is None:
+            if from_file is None:
                 return init_settings, env_settings
-            return init_settings, env_settings, JsonConfigSettingsSource(settings_cls, json_file=config)
+            return init_settings, env_settings, InitSettingsSource(settings_cls, from_file)
 
-    if config is not None and not config.is_file():
-        raise SettingsError(f"there is no file {config}")
     given = {key: value for key, value in flags.items() if value is not None}
     try:
         return Layers(**given)  # type: ignore[arg-type]
@@ -118,5 +131,27 @@ def load(config: Path | None, flags: Mapping[str, object]) -> Settings:
         faults = error.errors(include_input=False, include_url=False)
         lines = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in faults)
         raise SettingsError("\n".join(lines)) from None
-    except ValueError as error:  # not JSON; says line and column
+
+
+def _read(config: Path) -> dict[str, Any]:
+    """What the file sets. Raises `SettingsError` for one that cannot be read, or sets what is no setting."""
+    if not config.is_file():
+        raise SettingsError(f"there is no file {config}")
+    try:
+        found = orjson.loads(config.read_bytes())
+    except OSError as error:
+        raise SettingsError(f"{config} cannot be read: {error.strerror or type(error).__name__}") from None
+    except orjson.JSONDecodeError as error:  # says line and column
         raise SettingsError(f"{config}: {error}") from None
+    if not isinstance(found, dict):
+        raise SettingsError(f'{config}: expected an object in {{ }}, with settings such as "port"')
+    known = list(Settings.model_fields)
+    if unknown := [key for key in found if key not in known]:
+        raise SettingsError("\n".join(f"{config}: {_no_setting(key, known)}" for key in unknown))
+    return found
+
+
+def _no_setting(key: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(key.lower().replace("-", "_"), known, n=1)
+    hint = f'did you mean "{close[0]}"?' if close else f"there are {', '.join(known)}"
+    return f"{key[:60]!a} is not a setting; {hint}"

@@ -81,6 +81,7 @@ class SupervisedEngine:
         self._found: Serving | None = None
         self._serving: Serving | None = None
         self._doubting = False
+        self._progress = 0  # parts of answers that came, over all starts
         self._stopped = asyncio.Event()
         self._reason = ""
 
@@ -144,6 +145,11 @@ class SupervisedEngine:
         """Waits until it is STOPPED after an `unwant`."""
         while self._life.state is not State.STOPPED:
             await self._stopped.wait()
+
+    def heard(self, serving: Serving) -> None:
+        """A part of an answer came from it: whatever else it does, it is not deaf."""
+        if serving is self._serving:
+            self._progress += 1
 
     def doubt(self, serving: Serving) -> None:
         """A request could not reach it. It is asked whether it still hears, and restarted if it does not."""
@@ -250,11 +256,13 @@ class SupervisedEngine:
 
     async def _check(self, serving: Serving) -> None:
         try:
-            heard = await readiness.answers_at_all(self._session, self.plan.spec, serving.address)
+            heard = await readiness.answers_at_all(
+                self._session, self.plan.spec, serving.address, lambda: self._progress
+            )
         finally:
             self._doubting = False
         if not heard and serving is self._serving:
-            self._reason = "its process lives but accepts no connection"
+            self._reason = "its process lives but does not answer"
             self._tell(Event.DEAF)
 
     def _explain_exit(self, code: int, process: Process) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -17,7 +17,7 @@ from balancer.batch.journal import JournalError
 from balancer.batch.names import readable
 from balancer.batch.papers import PaperFault
 from balancer.batch.presets import Preset, PresetError, Shelf, own_folder, read
-from balancer.batch.report import Row
+from balancer.batch.report import Row, found_in
 from balancer.batch.run import JOURNAL, RESULTS, Job, Run
 from balancer.config_file import ConfigFaults, ConfigFile
 
@@ -124,8 +124,35 @@ async def _run(
             papers_at_once=papers_at_once,
             requests_at_once=requests_at_once,
         )
+        _refuse_a_foreign_folder(out / RESULTS, job)
+        console.print(
+            f"{_count(meant, 'paper')}, {_count(preset.prompts, 'question')} each ({preset.name}), "
+            f"for {job.model.name} at {endpoint.url}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+        if reason := await endpoint.idle_reason():
+            console.print(
+                f"Waiting: {reason}. Ctrl-C is safe.", markup=False, highlight=False, soft_wrap=True
+            )
         with journal.opened(out / JOURNAL) as kept, progress.shown(len(meant), console) as observer:
+            endpoint.waiting = observer.waits
             return await Run(job, endpoint, kept, observer).all()
+
+
+def _refuse_a_foreign_folder(results: Path, job: Job) -> None:
+    """The reports of another preset, or by another model, are not written over."""
+    for preset, model in found_in(results.read_text(errors="replace") if results.exists() else ""):
+        if (preset, model) != (job.preset.name, job.model.name):
+            raise PaperFault(
+                f"{readable(results.parent)} holds the reports of preset {preset!r} by {model!r}: choose "
+                "another folder with --out, or remove them"
+            )
+
+
+def _count(things: Sized, noun: str) -> str:
+    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
 
 
 def choose(models: Sequence[OfferedModel], wanted: str | None, *, url: str) -> OfferedModel:

@@ -176,6 +176,8 @@ class Endpoint:
     url: str
     _session: aiohttp.ClientSession
     _patience: Patience
+    waiting: Callable[[str], None] = lambda reason: None
+    """Told why a request is not answered yet, each time that it is tried again."""
     _dice: Callable[[], float] = random.random
     _gone: bool = field(default=False, init=False)
     """Nobody answered for as long as patience lasts: until somebody does, each request gets one try."""
@@ -202,6 +204,20 @@ class Endpoint:
             ) from None
         return tuple(sorted((OfferedModel(m.id, m.context_length) for m in models), key=lambda m: m.name))
 
+    async def idle_reason(self) -> str | None:
+        """Why nothing would be answered now, as a balancer's `/readyz` says; None: nothing is known."""
+        try:
+            status, _, body = await self._exchange("GET", "/readyz", None)
+        except _TryAgain:
+            return None
+        try:
+            told = orjson.loads(body)
+        except orjson.JSONDecodeError:
+            return None
+        if status != 503 or not isinstance(told, dict) or told.get("ready") is not False:
+            return None
+        return f"none of its {told.get('workers', 0)} workers is ready (see `balancer workers`)"
+
     async def ask(self, request: Request) -> Reply:
         """One answer, after as many tries as patience allows. Raises `AskFault`, `ContextExceeded`."""
         loop = asyncio.get_running_loop()
@@ -224,6 +240,8 @@ class Endpoint:
             if isinstance(failure, Busy) and not failure.reachable:
                 pause = None if self._gone else pause
                 self._gone = self._gone or pause is None
+            if pause is not None:
+                self.waiting(str(failure))
             return pause is not None
 
         trying = tenacity.AsyncRetrying(retry=seen, wait=lambda _: pause or 0.0, reraise=True)

@@ -13,7 +13,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from balancer.batch.names import readable
 from balancer.batch.report import Row
-from balancer.batch.run import Observer
 
 
 @dataclass(slots=True)
@@ -67,30 +66,50 @@ def _told(row: Row, asked: int) -> str:
     return f"done: {readable(row.file)} ({', '.join(notes)})"
 
 
+QUIET_SECONDS = 30.0
+"""Between two lines that say no more than that it goes on, or waits."""
+
+
+def _waits(reason: str) -> str:
+    return f"waiting: {reason}. It goes on by itself; Ctrl-C keeps every answer so far."
+
+
 @dataclass(slots=True)
 class Lines:
-    """One line for each paper that is through."""
+    """One line for each paper that is through, and one now and then in between."""
 
     papers: int
     say: Callable[[str], None]
     clock: Callable[[], float] = monotonic
     _started: float = field(init=False)
+    _said: float = field(init=False)
     _forecast: Forecast = field(init=False)
     _through: int = 0
 
     def __post_init__(self) -> None:
-        self._started = self.clock()
+        self._started = self._said = self.clock()
         self._forecast = Forecast(self.papers)
 
     def advanced(self, index: int, share: float) -> None:
         self._forecast.advanced(index, share)
+        if self.clock() - self._said >= QUIET_SECONDS:
+            left = in_words(self._forecast.left_seconds(self.clock() - self._started))
+            self._say(f"[{self._through}/{self.papers}] at work{', ' if left else ''}{left}")
+
+    def waits(self, reason: str) -> None:
+        if self.clock() - self._said >= QUIET_SECONDS:
+            self._say(_waits(reason))
+
+    def _say(self, line: str) -> None:
+        self._said = self.clock()
+        self.say(line)
 
     def finished(self, index: int, row: Row, asked: int) -> None:
         self._forecast.finished(index, asked=asked > 0)
         self._through += 1
         left = in_words(self._forecast.left_seconds(self.clock() - self._started))
         ending = f", {left}" if left and self._through < self.papers else ""
-        self.say(f"[{self._through}/{self.papers}] {_told(row, asked)}{ending}")
+        self._say(f"[{self._through}/{self.papers}] {_told(row, asked)}{ending}")
 
 
 @dataclass(slots=True)
@@ -101,10 +120,11 @@ class Bar:
     progress: Progress
     clock: Callable[[], float] = monotonic
     _started: float = field(init=False)
+    _waited: float = field(init=False)
     _forecast: Forecast = field(init=False)
 
     def __post_init__(self) -> None:
-        self._started = self.clock()
+        self._started = self._waited = self.clock()
         self._forecast = Forecast(self.papers)
         self.progress.add_task("papers", total=self.papers, left="")
 
@@ -119,14 +139,20 @@ class Bar:
             self.progress.console.print(f"[red]{escape(_told(row, asked))}[/red]", highlight=False)
         self._show()
 
+    def waits(self, reason: str) -> None:
+        if self.clock() - self._waited >= QUIET_SECONDS:
+            self._waited = self.clock()
+            self.progress.console.print(escape(_waits(reason)), highlight=False)
+
     def _show(self) -> None:
         left = in_words(self._forecast.left_seconds(self.clock() - self._started))
         self.progress.update(self.progress.task_ids[0], left=left)
 
 
 @contextmanager
-def shown(papers: int, console: Console) -> Iterator[Observer]:
-    """An observer that shows a run on this console, for as long as the block lasts."""
+def shown(papers: int, console: Console) -> Iterator[Lines | Bar]:
+    """An observer that shows a run on this console, for as long as the block lasts. Its `waits(reason)` is
+    for whoever talks to the endpoint."""
     if not console.is_terminal:
         yield Lines(papers, lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
         return

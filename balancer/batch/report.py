@@ -80,6 +80,19 @@ def kept_rows(lines: Iterable[str], files: Sequence[PurePath], preset: str, mode
     return kept
 
 
+def found_in(results: str) -> set[tuple[str, str]]:
+    """Preset and model of each completed row of a `results.jsonl`."""
+    found = set()
+    for line in results.splitlines():
+        try:
+            row = json.loads(line)
+            if row["status"] == "completed":
+                found.add((str(row["preset"]), str(row["model"])))
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue  # not one of our rows
+    return found
+
+
 def markdown(row: Row) -> str:
     """The report on one paper, for people."""
     parts = [f"# {_one_line(readable(row.file.name))}", _origin(row)]

@@ -5,7 +5,10 @@
 Appends its process id to STARTS_FILE at each start. MODE: `serve`, `serve-once` (ends with code 3 on its
 first start only), `exit` (code 3, with last words), `mute` (alive, loading for ever), `stubborn` (serves,
 ignores SIGTERM), `parent` (serves, and has a child of its own), `elsewhere` (alive, but does not listen at
-all), `closing` (serves until it is asked to GET /close, then listens no more, alive all the same).
+all), `closing` (serves until it is asked to GET /close, then listens no more, alive all the same), `open`
+(generates for any key).
+
+Like older llama-servers, it lists its models to everybody.
 """
 
 from __future__ import annotations
@@ -36,13 +39,17 @@ class Handler(BaseHTTPRequestHandler):
             threading.Thread(target=stop_listening, args=(self.server,)).start()
         elif self.path == "/health":
             self.answer(503 if self.mode == "mute" else 200, {})
-        elif self.headers.get("Authorization") != f"Bearer {os.environ.get('FAKE_KEY')}":
-            self.answer(401, {})
-        else:
+        elif self.path == "/v1/models":
             self.answer(200, {"data": [{"id": "fake", "context": 512}]})
+        else:
+            self.answer(404, {})
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
+        key = self.headers.get("Authorization")
+        if self.mode != "open" and key != f"Bearer {os.environ.get('FAKE_KEY')}":
+            self.answer(401, {})
+            return
         self.answer(200, {"choices": [{"message": {"role": "assistant", "content": "o"}}]})
 
     def log_message(self, *_: object) -> None:

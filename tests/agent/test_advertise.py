@@ -103,11 +103,15 @@ async def test_a_second_agent_of_the_same_name_is_seen_beside_the_first() -> Non
             await _end(task)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [OSError(19, "No such device"), RuntimeError("No interfaces to listen on")],  # both seen from zeroconf
+)
 async def test_without_multicast_the_log_says_once_what_to_do(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    error: Exception, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_multicast(**_: object) -> None:
-        raise OSError(19, "No such device")
+        raise error
 
     monkeypatch.setattr("worker_agent.advertise.AsyncZeroconf", no_multicast)
     monkeypatch.setattr("worker_agent.advertise._LOOK_AGAIN_SECONDS", 0.01)

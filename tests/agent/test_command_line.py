@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -32,6 +33,13 @@ def test_doctor_prints_plain_lines_where_nobody_looks_at_a_terminal() -> None:
     assert "\x1b" not in answer.stdout
 
 
+def test_it_runs_without_any_standard_input() -> None:
+    command = [sys.executable, "-m", "worker_agent", "doctor", "--engine", "llama.cpp"]
+    shell = ["sh", "-c", 'exec "$@" <&-', "sh", *command]
+    answer = subprocess.run(shell, capture_output=True, text=True, timeout=30, check=False)
+    assert (answer.returncode, answer.stderr) == (0, "")
+
+
 def test_doctor_says_how_to_install_what_is_missing_and_fails() -> None:
     answer = worker_agent("doctor", "--engine", "mlx")
     assert answer.returncode == 1
@@ -45,6 +53,7 @@ def test_doctor_says_how_to_install_what_is_missing_and_fails() -> None:
         (["run", "--model", "/no/such/model.gguf"], "there is no file /no/such/model.gguf"),
         (["run", "--slots", "0"], "slots: Input should be greater than or equal to 1"),
         (["join", "192.168.1.10"], "must begin with http://"),
+        (["join", "http://a..b:4000"], "must name a host and a port"),
     ],
 )
 def test_what_cannot_run_ends_at_once_with_a_sentence(
@@ -65,3 +74,24 @@ def test_a_taken_port_is_told_before_any_engine_is_started(tmp_path: Path) -> No
     assert answer.returncode == 2
     assert f"cannot listen on 127.0.0.1 port {port}" in answer.stderr
     assert "stopped -> starting" not in answer.stderr
+
+
+@pytest.mark.parametrize("stdin", ["/dev/null", "a file", "closed"])
+def test_a_parent_that_holds_no_pipe_is_told_so_before_anything_runs(stdin: str, tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.touch()
+    command = [sys.executable, "-m", "worker_agent", "run", "--exit-with-parent", "--no-mdns"]
+    command += ["--data-dir", str(tmp_path), "--port", "0", "--host", "127.0.0.1"]
+    if stdin == "closed":
+        command = ["sh", "-c", 'exec "$@" <&-', "sh", *command]
+    with open(plain if stdin == "a file" else os.devnull, "rb") as given:
+        answer = subprocess.run(command, stdin=given, capture_output=True, text=True, timeout=30, check=False)
+    assert answer.returncode == 2
+    assert answer.stderr.startswith("--exit-with-parent needs a standard input that is a pipe or a socket")
+    assert "Traceback" not in answer.stderr
+
+
+def test_doctor_fails_where_the_model_is_not_there() -> None:
+    answer = worker_agent("doctor", "--model", "nothing.gguf")
+    assert answer.returncode == 1
+    assert "nothing.gguf" in answer.stdout

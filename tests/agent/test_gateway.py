@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -76,6 +77,11 @@ class Backend:
     plan: Plan
     serving: Serving | None
     doubts: list[Serving] = field(default_factory=list)
+    arrivals: int = 0
+
+    def heard(self, serving: Serving) -> None:
+        assert serving is self.serving
+        self.arrivals += 1
 
     def doubt(self, serving: Serving) -> None:
         self.doubts.append(serving)
@@ -124,7 +130,8 @@ async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
             state = EngineState.READY if backend.serving else EngineState.RESTING
             return Report(id="a", state=state, engine="fake", slots=2, running=gateway.running)
 
-        gateway = Gateway(backend, report, changes, GatewayPolicy(body_bytes=10_000, body_seconds=0.5))
+        policy = GatewayPolicy(body_bytes=10_000, body_seconds=0.5, connect_seconds=0.5)
+        gateway = Gateway(backend, report, changes, policy)
         async with served(gateway.application()) as port, aiohttp.ClientSession() as client:
             yield Scene(engine, backend, gateway, f"http://127.0.0.1:{port}", client)
 
@@ -210,6 +217,33 @@ async def test_an_engine_that_accepts_no_connection_is_doubted(scene: Scene) -> 
     assert scene.backend.doubts == [gone]
 
 
+async def test_an_engine_whose_connections_are_not_taken_is_doubted(scene: Scene) -> None:
+    assert scene.backend.serving is not None
+    with socket.socket() as listener, contextlib.ExitStack() as stack:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)  # and nobody accepts: what a stopped process looks like, once its queue is full
+        stuck = replace(scene.backend.serving, address=Address(port=listener.getsockname()[1], secret=None))
+        for _ in range(3):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+        scene.backend.serving = stuck
+        async with scene.ask() as answer:
+            assert answer.status == 502
+            assert (await answer.json())["error"]["code"] == "engine_unreachable"
+    assert scene.backend.doubts == [stuck]
+
+
+async def test_each_arrival_from_the_engine_is_told_to_its_supervision(scene: Scene) -> None:
+    asking = asyncio.ensure_future(_read(scene, "think"))
+    await until(lambda: scene.engine.requests)
+    assert scene.backend.arrivals == 0
+    asking.cancel()
+    async with scene.ask() as answer:
+        await answer.read()
+    assert scene.backend.arrivals >= 2  # its head, and its text in one piece or in two
+
+
 async def test_more_requests_than_slots_are_told_to_come_back(scene: Scene) -> None:
     async with scene.ask("stall"), scene.ask("stall"), scene.ask() as third:
         assert (third.status, third.headers["Retry-After"]) == (429, "1")
@@ -253,6 +287,20 @@ async def test_a_wrong_request_ends_here_in_openais_error_form(
     assert scene.engine.requests == []
 
 
+async def test_a_body_nested_deeper_than_can_be_sent_on_is_refused_before_it_takes_a_slot(
+    scene: Scene,
+) -> None:
+    nested = b'{"model": "public", "deep": ' + b"[" * 300 + b"]" * 300 + b"}"
+    headers = {"Content-Type": "application/json"}
+    async with (
+        scene.ask("stall"),
+        scene.ask("stall"),  # no slot is left
+        scene.client.post(scene.url + CHAT, data=nested, headers=headers) as answer,
+    ):
+        assert answer.status == 400
+        assert (await answer.json())["error"]["code"] == "nested_too_deeply"
+
+
 async def test_a_body_that_does_not_come_is_not_waited_for(scene: Scene) -> None:
     async def slow() -> AsyncIterator[bytes]:
         yield b"{"
@@ -289,6 +337,31 @@ async def test_reports_come_at_once_on_every_change_and_each_second(scene: Scene
             assert running.running == 1
         assert Report.from_line(await asyncio.wait_for(stream.content.readline(), 0.9)).running == 0
         await asyncio.wait_for(stream.content.readline(), wire.REPORT_INTERVAL_SECONDS + 1)  # nothing changed
+
+
+async def test_a_busy_agent_reports_no_faster_than_a_balancer_reads_and_the_last_word_is_true(
+    scene: Scene,
+) -> None:
+    loop = asyncio.get_running_loop()
+    reports: list[Report] = []
+    busy = True
+    async with scene.client.get(scene.url + wire.REPORT_PATH) as stream:
+
+        async def read() -> None:
+            while busy or reports[-1].running:
+                reports.append(Report.from_line(await stream.content.readline()))
+
+        began = loop.time()
+        reading = asyncio.ensure_future(read())
+        for _ in range(60):  # two changes each
+            async with scene.ask("plain") as answer:
+                await answer.read()
+        async with scene.ask("stall"):
+            await until(lambda: reports[-1].running == 1, seconds=wire.REPORT_INTERVAL_SECONDS)
+        busy = False
+        await asyncio.wait_for(reading, 5)
+        gaps = (loop.time() - began) / wire.REPORT_GAP_SECONDS
+    assert len(reports) <= gaps + 1
 
 
 async def test_the_end_is_announced_then_what_runs_ends_well_then_the_streams_end(scene: Scene) -> None:

@@ -3,13 +3,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import AsyncIterator
 
 import pytest
 from aiohttp import web
 
 from agent.scenes import until
 from worker_agent import wire
-from worker_agent.joining import join_all, rest_seconds
+from worker_agent.joining import join_all, refusal, rest_seconds
 from worker_agent.readiness import free_port
 
 JOIN = wire.Join(id="studio-1a2b", port=4100)
@@ -51,14 +52,80 @@ async def test_a_balancer_that_comes_up_later_is_joined_and_the_log_says_each_ch
     assert said[2].startswith("cannot join")
 
 
-async def test_an_address_that_is_no_balancers_is_said_to_be_that(caplog: pytest.LogCaptureFixture) -> None:
-    runner = web.AppRunner(web.Application())
+@contextlib.asynccontextmanager
+async def joining(url: str) -> AsyncIterator[None]:
+    task = asyncio.ensure_future(join_all([url], JOIN))
+    try:
+        yield
+        assert not task.done()
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+@contextlib.asynccontextmanager
+async def balancer(answer: web.Response | None = None) -> AsyncIterator[str]:
+    """One that gives this answer to the first join; None: it is no balancer at all."""
+
+    async def joined(_request: web.Request) -> web.Response:
+        assert answer is not None
+        return answer
+
+    app = web.Application()
+    if answer is not None:
+        app.router.add_post(wire.JOIN_PATH, joined)
+    runner = web.AppRunner(app)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
-    task = asyncio.ensure_future(join_all([f"http://127.0.0.1:{site.port}"], JOIN))
-    await until(lambda: "is this a balancer's address?" in caplog.text)
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
-    await runner.cleanup()
+    try:
+        yield f"http://127.0.0.1:{site.port}"
+    finally:
+        await runner.cleanup()
+
+
+async def test_an_address_that_is_no_balancers_is_said_to_be_that(caplog: pytest.LogCaptureFixture) -> None:
+    async with balancer() as url, joining(url):
+        await until(lambda: "is this a balancer's address?" in caplog.text)
+
+
+async def test_what_a_balancer_says_when_it_refuses_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    says = 'an agent called "studio" is alive at http://10.0.0.7:4100: give this one another id with --id.'
+    refused = web.json_response({"error": {"message": says, "type": "conflict"}}, status=409)
+    async with balancer(refused) as url, joining(url):
+        await until(lambda: caplog.records)
+    assert (
+        caplog.records[0].getMessage() == f"cannot join {url}: it answered with status 409: {says}; trying on"
+    )
+
+
+async def test_a_refusal_without_end_is_not_read_to_its_end(caplog: pytest.LogCaptureFixture) -> None:
+    refused = web.json_response({"error": {"message": "x" * 1_000_000}}, status=409)
+    async with balancer(refused) as url, joining(url):
+        await until(lambda: caplog.records)
+    assert caplog.records[0].getMessage() == f"cannot join {url}: it answered with status 409; trying on"
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b'{"error": {"message": "a\\u0007\\nb"}}', "a  b"),
+        (b'{"error": {"message": "' + b"x" * 1000 + b'"}}', "x" * 300),
+        (b'{"error": {"message": ["x"]}}', ""),
+        (b'{"error": "x"}', ""),
+        (b"[]", ""),
+        (b"<html>", ""),
+        (b"", ""),
+    ],
+)
+def test_of_a_refusal_only_its_sentence_is_taken_and_that_short_and_printable(body: bytes, says: str) -> None:
+    assert refusal(body) == says
+
+
+@pytest.mark.parametrize("host", ["a..b", ".local", "x" * 64])
+async def test_a_name_that_no_host_can_have_does_not_end_the_agent(
+    caplog: pytest.LogCaptureFixture, host: str
+) -> None:
+    async with joining(f"http://{host}:4000"):
+        await until(lambda: "this is not a URL" in caplog.text)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,16 +47,21 @@ def test_the_log_level_is_read_from_either_variable(variable: str, monkeypatch: 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ('{"prot": 1}', "prot: Extra inputs are not permitted"),
+        ('{"prot": 1}', """agent.json: 'prot' is not a setting; did you mean "port"?"""),
+        ('{"Log-Level": "info"}', 'did you mean "log_level"?'),
+        ('{"zzz\\n": 1}', "agent.json: 'zzz\\n' is not a setting; there are engine, model, "),
+        ("[1]", "agent.json: expected an object"),
+        ("[" * 5000, "agent.json: "),
+        (b"\xff", "agent.json: "),
         ('{"port": 70000}', "port: Input should be less than or equal to 65535"),
         ('{"port": 1,\n "slots" 2}', "line 2"),
         ('{"balancers": ["192.168.1.10"]}', "must begin with http://"),
         ('{"id": "a\\nb"}', "id: Value error, must be printable"),
     ],
 )
-def test_a_wrong_file_is_told_by_its_place(tmp_path: Path, text: str, says: str) -> None:
+def test_a_wrong_file_is_told_by_its_place(tmp_path: Path, text: str | bytes, says: str) -> None:
     file = tmp_path / "agent.json"
-    file.write_text(text)
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(SettingsError) as caught:
         load(file, {})
     assert says in str(caught.value)
@@ -64,3 +70,34 @@ def test_a_wrong_file_is_told_by_its_place(tmp_path: Path, text: str, says: str)
 def test_a_file_that_is_not_there_is_an_error() -> None:
     with pytest.raises(SettingsError, match="there is no file"):
         load(Path("/no/such/file.json"), {})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="has no file that nobody can read, not even root")
+def test_a_file_that_cannot_be_read_is_told_with_the_systems_reason() -> None:
+    with pytest.raises(SettingsError, match="/proc/self/mem cannot be read: Input/output error"):
+        load(Path("/proc/self/mem"), {})
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *(
+            "http://a..b:4000",
+            "http://.local:4000",
+            f"http://{'x' * 64}:4000",
+            "http://:4000",
+            "http://a b:4000",
+        ),
+        *("http://mac:70000", "http://mac:0", "http://mac:port", "http://[::1:4000", "http://"),
+    ],
+)
+def test_a_balancers_address_must_be_one_that_can_be_looked_up(url: str) -> None:
+    with pytest.raises(SettingsError, match=r"balancers\.0: .*must name a host and a port, like http://"):
+        load(None, {"balancers": (url,)})
+
+
+@pytest.mark.parametrize(
+    "url", ["http://mac.local:4000", "https://büro:4000/", "http://[fd00::7]:4000", "http://mac.local."]
+)
+def test_names_and_addresses_are_balancers_addresses(url: str) -> None:
+    assert load(None, {"balancers": (url,)}).balancers == (url,)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import socket
@@ -125,17 +126,36 @@ async def test_another_process_that_answers_on_its_port_is_not_taken_for_it(
         assert stranger.state is State.READY
 
 
+async def test_one_that_lists_its_models_to_everybody_is_ready_all_the_same(starts: Path) -> None:
+    engine = engine_of(starts, "serve")
+    async with engine.supervised(), aiohttp.ClientSession() as session:
+        engine.want()
+        await until(lambda: engine.state is State.READY)
+        assert engine.serving is not None
+        async with session.get(engine.serving.address.url + "/v1/models") as models:
+            assert models.status == 200  # without any key
+        assert len(pids(starts)) == 1
+
+
+async def test_one_that_generates_for_a_wrong_key_is_not_taken_for_ours(starts: Path) -> None:
+    engine = engine_of(starts, "open")
+    async with engine.supervised():
+        engine.want()
+        await until(lambda: engine.state is State.FAILED)
+        assert "answers a wrong key with status 200" in engine.detail
+
+
 async def test_one_that_lives_but_listens_no_more_is_replaced_when_somebody_doubts_it(
     starts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker_agent.readiness._DOUBT_TRIES", 1)
+    monkeypatch.setattr("worker_agent.readiness._REFUSED_TRIES", 1)
     engine = engine_of(starts, "closing")
     async with engine.supervised(), aiohttp.ClientSession() as session:
         engine.want()
         await until(lambda: engine.state is State.READY)
         serving = engine.serving
         assert serving is not None
-        assert await answers_at_all(session, engine.plan.spec, serving.address)
+        assert await answers_at_all(session, engine.plan.spec, serving.address, lambda: 0)
         async with session.get(serving.address.url + "/close"):
             pass
         await until(lambda: not _listens(serving.address.port))
@@ -146,6 +166,63 @@ async def test_one_that_lives_but_listens_no_more_is_replaced_when_somebody_doub
 def _listens(port: int) -> bool:
     with socket.socket() as client:
         return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+async def test_one_that_is_stopped_is_deaf_unless_a_running_answer_goes_on(
+    starts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker_agent.readiness._ASK_SECONDS", 0.1)
+    engine = engine_of(starts, "serve")
+    async with engine.supervised(), aiohttp.ClientSession() as session:
+        engine.want()
+        await until(lambda: engine.state is State.READY)
+        serving = engine.serving
+        assert serving is not None
+        os.kill(pids(starts)[0], signal.SIGSTOP)
+        arrivals = itertools.count()
+        assert await answers_at_all(session, engine.plan.spec, serving.address, lambda: next(arrivals))
+        assert not await answers_at_all(session, engine.plan.spec, serving.address, lambda: 0)
+
+
+async def test_one_that_is_silent_is_replaced_when_somebody_doubts_it(
+    starts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker_agent.readiness._ASK_SECONDS", 0.1)
+    reasons: list[str] = []
+    engine = engine_of(starts, "serve", on_change=lambda: reasons.append(engine.detail))
+    async with engine.supervised():
+        engine.want()
+        await until(lambda: engine.state is State.READY)
+        serving = engine.serving
+        assert serving is not None
+        os.kill(pids(starts)[0], signal.SIGSTOP)
+        engine.doubt(serving)
+        await until(lambda: len(pids(starts)) == 2 and engine.state is State.READY)
+    assert "its process lives but does not answer; it is being restarted" in reasons
+    assert not alive(pids(starts)[0])
+
+
+async def test_one_that_is_silent_but_still_heard_of_is_left_alone(
+    starts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker_agent.readiness._ASK_SECONDS", 0.1)
+    loop = asyncio.get_running_loop()
+    engine = engine_of(starts, "serve")
+    async with engine.supervised():
+        engine.want()
+        await until(lambda: engine.state is State.READY)
+        serving = engine.serving
+        assert serving is not None
+        os.kill(pids(starts)[0], signal.SIGSTOP)
+        engine.doubt(serving)
+        enough = loop.time() + 1  # three tries of 0.1 s are long over by then
+
+        def heard_for_a_second() -> bool:
+            engine.heard(serving)
+            return loop.time() >= enough
+
+        await until(heard_for_a_second)
+        assert engine.serving is serving
 
 
 async def test_leaving_while_it_starts_leaves_no_process(starts: Path) -> None:

@@ -178,3 +178,21 @@ def test_presets_are_listed_shown_and_checked(tmp_path: Path, monkeypatch: pytes
     assert "`prompts` is missing." in checked.output
     assert "`prompt` is not a key of a preset" in checked.output
     assert cli.invoke(presets, ["show", "bad"]).exit_code == 2
+
+
+async def test_the_reports_of_another_preset_are_not_written_over(endpoint: FakeEndpoint, tmp_path: Path):
+    papers = papers_in(tmp_path / "papers", "bears")
+    arguments = (papers, "--out", tmp_path / "out", "--url", endpoint.url)
+    assert (await batch(tmp_path, *arguments, "--preset", "summary"))[0] == 0
+    before = (tmp_path / "out" / "results.jsonl").read_text()
+    code, _, wrong = await batch(tmp_path, *arguments, "--preset", "analysis")
+    assert code == 2
+    assert "holds the reports of preset 'summary'" in wrong
+    assert "--out" in wrong
+    assert (tmp_path / "out" / "results.jsonl").read_text() == before
+
+
+async def test_what_will_be_done_is_said_before_it_is_waited_for(endpoint: FakeEndpoint, tmp_path: Path):
+    papers = papers_in(tmp_path / "papers", "bears", "foxes")
+    _, said, _ = await batch(tmp_path, papers, "--out", tmp_path / "out", "--url", endpoint.url)
+    assert said.startswith("2 papers, 3 questions each (summary), for ")

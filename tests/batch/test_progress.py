@@ -38,9 +38,11 @@ def test_durations_are_said_in_the_unit_that_people_would_use(seconds: float | N
 
 def test_without_a_terminal_each_paper_is_a_line():
     said: list[str] = []
-    moments = iter([0.0, 30.0, 60.0])
-    lines = Lines(2, said.append, clock=lambda: next(moments))
+    now = [0.0]
+    lines = Lines(2, said.append, clock=lambda: now[0])
+    now[0] = 30.0
     lines.finished(0, row(), asked=3)
+    now[0] = 60.0
     lines.finished(1, row(error="broken"), asked=1)
     assert said == [
         "[1/2] done: p[1].md (1 answers, read in 2 sections), about 30 s left",
@@ -67,3 +69,16 @@ def test_a_terminal_gets_a_bar_and_the_failures():
         observer.finished(0, row(error="broken"), asked=1)
     assert "failed: p[1].md (broken)" in output.getvalue()
     assert "1/2" in output.getvalue()
+
+
+def test_a_long_silence_is_broken_by_a_line_and_no_more_often():
+    now, said = [0.0], []
+    lines = Lines(3, said.append, clock=lambda: now[0])
+    for second in range(100):
+        now[0] = float(second)
+        lines.waits("no worker is ready")
+    assert len(said) == 3
+    assert all("no worker is ready" in line and "Ctrl-C" in line for line in said)
+    now[0] = 200.0
+    lines.advanced(0, 0.5)
+    assert said[-1].startswith("[0/3] at work, about ")

@@ -109,8 +109,9 @@ async def test_announcements_of_other_versions_are_ignored_with_one_line(air, br
     assert "wire version 99" in lines[0].getMessage()
 
 
-async def test_a_machine_that_cannot_listen_says_what_to_do_instead(findings, caplog):
-    browser = Browser(found=findings, interfaces=["203.0.113.77"])  # an address that no machine has
+@pytest.mark.parametrize("nobodys", ["203.0.113.77", "2001:db8::77"])  # an OSError, a RuntimeError
+async def test_a_machine_that_cannot_listen_says_what_to_do_instead(findings, caplog, nobodys):
+    browser = Browser(found=findings, interfaces=[nobodys])
     with warnings.catch_warnings():
         # zeroconf leaves the sockets that it had opened before the failure to the garbage collector.
         warnings.simplefilter("ignore", ResourceWarning)

@@ -16,6 +16,7 @@ from balancer.discovery import (
     EVICT_AFTER_SECONDS,
     FORGET_AFTER_SECONDS,
     MAX_GUESTS,
+    MAX_REFUSALS_TOLD,
     TRY_NEXT_AFTER_SECONDS,
     Entry,
     Interface,
@@ -169,6 +170,40 @@ def test_an_entry_does_not_show_its_key():
     )
 
 
+def test_a_join_that_leads_nowhere_gives_way_to_an_announcement_after_some_seconds(scene):
+    scene.joined("x", "192.168.1.20")
+    scene.alive("x")
+    scene.lost("x")
+    scene.after(TRY_NEXT_AFTER_SECONDS - 0.1)
+    scene.found("x", "192.168.1.21")
+    assert scene.urls == {"x": "http://192.168.1.20:4100"}
+    scene.after(0.1)
+    scene.found("x", "192.168.1.21")
+    assert scene.urls == {"x": "http://192.168.1.21:4100"}
+
+
+def test_a_join_at_a_new_address_has_its_own_seconds_however_long_the_agent_was_lost(scene):
+    scene.joined("x", "192.168.1.20")
+    scene.after(60)
+    scene.joined("x", "192.168.1.22")
+    scene.found("x", "192.168.1.21")
+    assert scene.urls == {"x": "http://192.168.1.22:4100"}
+
+
+def test_a_worker_of_the_config_never_gives_way_to_an_announcement(scene):
+    scene.static(x="http://192.168.1.30:8000")
+    scene.after(60)
+    scene.found("x", "192.168.1.21")
+    assert scene.urls == {"x": "http://192.168.1.30:8000"}
+
+
+def test_an_agent_that_joins_by_another_of_its_announced_addresses_is_no_second_one(scene):
+    scene.found("x", "192.168.1.20", "10.0.0.1")
+    scene.alive("x")
+    scene.joined("x", "10.0.0.1")
+    assert scene.urls == {"x": "http://192.168.1.20:4100"}
+
+
 # Strangers ...
 
 
@@ -184,9 +219,29 @@ def test_an_announcement_cannot_move_a_worker_that_is_alive(scene):
 def test_a_second_agent_of_an_id_is_told_to_take_another(scene):
     scene.joined("x", "192.168.1.20")
     scene.alive("x")
-    with pytest.raises(NotAdmitted, match="give this one another id"):
+    with pytest.raises(NotAdmitted, match="give this one another id with --id"):
         scene.joined("x", "192.168.1.66")
     assert scene.urls == {"x": "http://192.168.1.20:4100"}
+
+
+def test_a_second_agent_of_an_id_that_is_only_announced_is_warned_of_once(scene, caplog):
+    scene.found("x", "192.168.1.20")
+    scene.alive("x")
+    for _ in range(3):
+        scene.found("x", "192.168.1.66")
+    [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning == (
+        'agent x, announced at http://192.168.1.66:4100, stays out: an agent called "x" is alive at '
+        "http://192.168.1.20:4100: give this one another id with --id"
+    )
+
+
+def test_a_flood_of_second_agents_does_not_fill_the_log(scene, caplog):
+    scene.found("x", "192.168.1.20")
+    scene.alive("x")
+    for n in range(1000):
+        scene.found("x", f"10.0.{n // 250}.{n % 250 + 1}")
+    assert len([r for r in caplog.records if r.levelname == "WARNING"]) == MAX_REFUSALS_TOLD
 
 
 def test_an_agent_that_moved_is_followed_once_it_is_lost_at_its_old_address(scene):

@@ -210,12 +210,15 @@ async def test_a_report_that_is_not_usable_is_told_once_however_often_it_comes(r
     assert not room.reports
 
 
-async def test_an_agent_that_refuses_us_says_where_to_look(room):
+async def test_an_agent_that_refuses_us_says_why_in_its_own_words(room):
     async def agent(request):
-        return web.Response(status=401)
+        return web.json_response({"error": {"message": "name it in \x1b[1mallow_networks"}}, status=403)
 
     await room.follow(agent)
-    assert "401: check the cluster key" in (await room.lost()).reason
+    reason = (await room.lost()).reason
+    assert "status 403: name it in" in reason
+    assert "allow_networks" in reason
+    assert reason.isprintable()
 
 
 async def test_a_mad_agent_is_read_no_faster_than_the_policy_says(room):
@@ -232,6 +235,10 @@ async def test_a_mad_agent_is_read_no_faster_than_the_policy_says(room):
     await room.reported(times=before + 50)
     # 50 gaps of 1 ms; without them some thousand lines are there at once.
     assert loop.time() - began >= 50 * QUICK.report_gap_seconds * 0.9
+
+
+def test_reports_are_read_faster_than_an_agent_writes_them():
+    assert WatchPolicy().report_gap_seconds <= wire.REPORT_GAP_SECONDS / 2
 
 
 async def test_forgetting_a_worker_hangs_up_and_nothing_more_is_told(room):

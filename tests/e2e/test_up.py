@@ -197,3 +197,13 @@ async def output_of(*words: str) -> str:
         out, _ = await process.communicate()
     assert process.returncode == 0, out.decode()
     return out.decode()
+
+
+async def test_a_folder_that_cannot_be_written_to_is_said_in_a_sentence(tmp_path):
+    taken = tmp_path / "data"
+    taken.write_text("a file where a folder should be")
+    async with up(tmp_path, free_port()) as running:
+        assert await running.ended() == 1
+        assert "choose another --data-dir" in running.text()
+        assert "Traceback" not in running.text()
+        await running.until_nothing_is_left()
