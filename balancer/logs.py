@@ -46,4 +46,6 @@ def set_up(level: str) -> None:
     # It warns, with a traceback, of each interface on which it cannot listen; whether it can listen at all
     # is said by `discovery`.
     logging.getLogger("zeroconf").setLevel(logging.ERROR)
-    logging.basicConfig(level=level, handlers=[_Dropping(queue)], force=True)
+    onto_the_queue = _Dropping(queue)
+    onto_the_queue.setFormatter(logging.Formatter("%(message)s"))  # the line's form is given at the other end
+    logging.basicConfig(level=level, handlers=[onto_the_queue], force=True)

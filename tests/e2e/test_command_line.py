@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import json
 import os
+import re
+import signal
 import sys
 from pathlib import Path
 
@@ -136,6 +138,15 @@ async def test_a_balancer_that_does_not_run_is_said_so(tmp_path):
     assert status == 2
     assert "is it running?" in said
     assert "Traceback" not in said
+
+
+async def test_log_lines_say_what_happened_once(tmp_path):
+    words = ("balancer", "serve", "--no-mdns", "--host", "127.0.0.1", "--port", str(free_port()))
+    async with command(*words, output=tmp_path / "out.txt", home=tmp_path) as running:
+        await running.until_it_says("listening on")
+        running.send(signal.SIGTERM)
+        assert await running.ended() == 0
+        assert re.fullmatch(r"\d\d:\d\d:\d\d INFO    listening on http://127\.0\.0\.1:\d+\n", running.text())
 
 
 async def test_the_version_is_printed(tmp_path):
