@@ -331,9 +331,5 @@ def _fail(message: str, status: int = CANNOT_RUN) -> NoReturn:
     raise typer.Exit(status)
 
 
-def main() -> None:
-    app()
-
-
 if __name__ == "__main__":
-    main()
+    app()

@@ -759,7 +759,10 @@ def _bare_host(value: str) -> str:
         alone = rest.split("/")[0].rpartition("@")[2].split(":")[0]
         advice = f": write {_shown(alone)}" if alone else ""
         tls = ', and "tls": true beside it' if scheme.lower() == "https" else ""
-        raise ValueError(f"{_shown(value)} is an address with a scheme, expected the host alone{advice}{tls}")
+        harmless = scheme + found + rest.split("/")[0].rpartition("@")[2]  # no password on a screen
+        raise ValueError(
+            f"{_shown(harmless)} is an address with a scheme, expected the host alone{advice}{tls}"
+        )
     bare = value[1:-1] if value.startswith("[") and value.endswith("]") else value
     if _is_ipv6(bare):
         return bare

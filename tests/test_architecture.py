@@ -55,6 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "balancer.app": {"balancer", "worker_agent.sources", "worker_agent.wire"},
     "balancer.up": {"balancer.app", "balancer.core", "worker_agent.sources"},
     "balancer.__main__": {"balancer"},
+    "balancer.entry": {"balancer.__main__"},
     # The agent never imports the balancer.
     "worker_agent": {"worker_agent"},
     "worker_agent.wire": set(),

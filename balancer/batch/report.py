@@ -25,6 +25,8 @@ class Row:
     """Why it failed; None: every prompt has an answer."""
     answers: Mapping[str, Answer]
     """By prompt, in the preset's order; of a failed paper those that it did get."""
+    report: str = ""
+    """The name of its report, beside `results.jsonl`."""
 
     @property
     def completed(self) -> bool:
@@ -46,6 +48,7 @@ class Row:
         output_tokens = sum(answer.output_tokens for answer in self.answers.values())
         fields = {
             "file": readable(self.file),
+            "report": self.report,
             "sha256": self.sha256,
             "preset": self.preset,
             "model": self.model,
@@ -106,7 +109,8 @@ def markdown(row: Row) -> str:
 
 
 def _origin(row: Row) -> str:
-    sentences = [f"Preset `{row.preset}`, answered by `{_one_line(row.model)}`."]
+    file = _one_line(readable(row.file))
+    sentences = [f"Preset `{row.preset}`, answered by `{_one_line(row.model)}`, of `{file}`."]
     if row.sections > 1:
         sentences.append(
             f"The paper is longer than the model's context: it was read in {row.sections} sections, "

@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import os
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -120,7 +120,7 @@ class Run:
     ) -> None:
         for index, path in turns:
             steps = _Steps(index)
-            row = await self._paper(path, steps)
+            row = replace(await self._paper(path, steps), report=names[index])
             await asyncio.to_thread(_write, self.job.out / names[index], markdown(row))
             rows[index] = row
             self.observer.finished(index, row, steps.asked)

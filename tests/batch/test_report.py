@@ -17,6 +17,7 @@ def test_a_row_tells_status_answers_usage_and_sections():
     answer = Answer(text="yes", prompt_tokens=10, output_tokens=2, seconds=1.5, sections=3)
     assert json.loads(row(a=answer, b=answer.model_copy(update={"cut_short": True})).to_json()) == {
         "file": "in/a.pdf",
+        "report": "",
         "sha256": "0f",
         "preset": "p",
         "model": "m",
