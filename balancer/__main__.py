@@ -23,6 +23,7 @@ from balancer import logs
 from balancer import up as up_
 from balancer.app import PortTaken, Running, Stop, running
 from balancer.batch.cli import batch, presets
+from balancer.batch.client import root_of
 from balancer.config_file import ConfigFaults, read
 from balancer.core.dispatcher import WorkerView
 from balancer.settings import Settings, SettingsError, load
@@ -223,7 +224,7 @@ def _ask(url: str, path: str) -> dict[str, Any]:
 
     `url`: with or without scheme, and with or without the `/v1` of its endpoint.
     """
-    root = url.strip().rstrip("/").removesuffix("/v1")
+    root = root_of(url.strip())
     try:
         return asyncio.run(_get(f"{root if '://' in root else f'http://{root}'}{path}"))
     except aiohttp.ClientResponseError as error:

@@ -27,7 +27,6 @@ from balancer.core.model import (
     Ticket,
     Verdict,
     Worker,
-    WorkerId,
 )
 
 TICK_SECONDS = 0.25
@@ -43,12 +42,7 @@ class Refused(Exception):
 
 
 class Abandoned(Exception):
-    """The worker of a lease was lost while the lease was held."""
-
-    def __init__(self, worker_id: WorkerId, reason: str) -> None:
-        super().__init__(reason)
-        self.worker_id = worker_id
-        self.reason = reason
+    """The worker of a lease was lost while the lease was held; `Lease.lost` says why."""
 
 
 @dataclass(slots=True)
@@ -92,7 +86,7 @@ class Lease:
         except TimeoutError:
             if not self.lost:
                 raise
-            raise Abandoned(self.worker.id, self.lost) from None
+            raise Abandoned(self.lost) from None
 
     def ended(self, ticket: Ticket) -> Ended:
         return Ended(

@@ -77,7 +77,6 @@ class SupervisedEngine:
         self._alarm: asyncio.TimerHandle | None = None
         self._process: Process | None = None
         self._ending: Do | None = None  # asked for before the process was there, or since
-        self._address: Address | None = None
         self._found: Serving | None = None
         self._serving: Serving | None = None
         self._doubting = False

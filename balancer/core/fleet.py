@@ -126,10 +126,10 @@ class Fleet:
         if not member.running:
             self._departed.pop(member.worker.id, None)
 
-    def reported(self, worker_id: WorkerId, condition: Condition, now: float) -> Member | None:
+    def reported(self, worker_id: WorkerId, condition: Condition, now: float) -> None:
         member = self._members.get(worker_id)
         if member is None:
-            return None
+            return
         if member.lost is not None:
             member.breaker = member.breaker.returned(now)
         if not condition.ready and not condition.models and member.condition is not None:
@@ -139,7 +139,6 @@ class Fleet:
         member.condition, member.lost, member.heard = condition, None, True
         if offers_changed:
             self._index(worker_id)
-        return member
 
     def lost(self, worker_id: WorkerId, reason: str) -> Member | None:
         member = self._members.get(worker_id)

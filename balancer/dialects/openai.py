@@ -162,10 +162,9 @@ class Request:
 
     endpoint: Endpoint
     model: ModelName
-    fields: Json
-    """What of it goes to a worker; without model, stream and its options."""
     body: bytes
-    """The same, written: large, and the same for every attempt."""
+    """What of it goes to a worker, written; without model, stream and its options. Large (a whole paper),
+    and the same for every attempt: so only this is held while the request waits and runs."""
     choices: int
     """How many answers are asked for."""
     stream: bool
@@ -221,7 +220,6 @@ def parse(endpoint: Endpoint, body: bytes) -> Request:
     return Request(
         endpoint=endpoint,
         model=ModelName(model),
-        fields=kept,
         body=written,
         choices=kept.get("n", 1) * _count_prompts(kept.get("prompt")),
         stream=stream,
