@@ -180,6 +180,8 @@ def welcome(
 ) -> dict[str, str]:
     """What a new user wants to know, by heading; the commands work as pasted.
 
+    They bound the answer: a small model now and then does not stop before its context is full.
+
     `local`: the balancer's URL on this machine. `addresses`: this machine's, for others.
     """
     model = view.models[0]
@@ -188,14 +190,15 @@ def welcome(
         "Model": f"{model} ({view.engine} on {view.hardware})" if view.hardware else model,
         "Try it": (
             f"curl {local}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
-            f'  -d \'{{"model": "{model}", "stream": true, '
+            f'  -d \'{{"model": "{model}", "stream": true, "max_tokens": 200, '
             '"messages": [{"role": "user", "content": "Say hello."}]}\''
         ),
         "From Python (pip install openai)": (
             "from openai import OpenAI\n"
             f'client = OpenAI(base_url="{local}/v1", api_key="none")\n'
             "answer = client.chat.completions.create(\n"
-            f'    model="{model}", messages=[{{"role": "user", "content": "Say hello."}}]\n'
+            f'    model="{model}", max_tokens=200, '
+            'messages=[{"role": "user", "content": "Say hello."}]\n'
             ")\n"
             "print(answer.choices[0].message.content)"
         ),

@@ -14,7 +14,7 @@ from balancer.batch.cli import presets
 
 from .conftest import FakeEndpoint, MakePdf
 
-DEADLINE = 30.0
+DEADLINE = 90.0
 
 
 async def start(tmp_path: Path, *arguments: str | Path) -> asyncio.subprocess.Process:
@@ -38,8 +38,13 @@ async def start(tmp_path: Path, *arguments: str | Path) -> asyncio.subprocess.Pr
 
 
 async def ended(process: asyncio.subprocess.Process) -> tuple[int | None, str, str]:
-    async with asyncio.timeout(DEADLINE):
-        out, err = await process.communicate()
+    try:
+        async with asyncio.timeout(DEADLINE):
+            out, err = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
     return process.returncode, out.decode(), err.decode()
 
 
