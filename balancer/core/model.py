@@ -21,6 +21,34 @@ class Endpoint(StrEnum):
     EMBEDDINGS = "/v1/embeddings"
 
 
+class ServiceClass(StrEnum):
+    """Who waits for whom: `batch` soaks up the room that `interactive` leaves."""
+
+    INTERACTIVE = "interactive"
+    BATCH = "batch"
+
+
+BLOCK_CHARS = 1024
+"""A prompt is known by the hashes of blocks of so many characters, some 250 tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """The size of a prompt, and what tells prompts with a common beginning. Never its text."""
+
+    chars: int = 0
+    """Of all its messages together."""
+    tokens: int | None = None
+    """Where it came as tokens; else they are estimated from the characters."""
+    blocks: tuple[int, ...] = ()
+    """Hashes, each over the one before and the next BLOCK_CHARS characters: two prompts whose first n
+    hashes are equal begin with the same n blocks. An incomplete last block is left out."""
+    conversation: int | None = None
+    """Hash of all messages; None: no conversation."""
+    continues: int | None = None
+    """The `conversation` of the turn before: of all messages before the last answer."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
     """What a worker must offer to be given an ask. Asks with equal needs may go to the same workers."""
@@ -42,6 +70,14 @@ class Ask:
     """When waiting for room ends in a refusal, on the same clock."""
     admitted: bool = False
     """It was let in before (this is a retry): a line that is full by now does not turn it away."""
+    service_class: ServiceClass = ServiceClass.INTERACTIVE
+    client: str = ""
+    """Who asks, for fairness: a digest of the API key, else the address."""
+    prompt: Prompt = Prompt()
+    max_output: int | None = None
+    """The most tokens that the answer may have; None: as many as fit."""
+    replayable: bool = False
+    """Nothing reaches the client before the whole answer: it may run on two workers at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +93,9 @@ class Worker:
     """At most so many requests at once, whatever the worker says of itself; None: its own word."""
     only: frozenset[ModelName] = frozenset()
     """The models that it is configured to serve; empty: all that it reports."""
+    aliases: tuple[tuple[ModelName, ModelName], ...] = ()
+    """Public names with the name by which this worker knows the model: `("qwen", "qwen2.5:7b-q4")`. It is
+    offered under its own name too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +103,23 @@ class ModelOffer:
     """One model on one worker."""
 
     name: ModelName
+    """The public one, by which clients ask for it."""
     endpoints: frozenset[Endpoint] = frozenset(Endpoint)
     context_tokens: int | None = None
+    known_as: ModelName | None = None
+    """What this worker calls it; None: the same."""
+    identity: str = ""
+    """Base model and quantisation as the worker tells them (`qwen2.5-7b-instruct q4_k_m`); empty: unknown.
+    Two offers of one name whose identities differ are different models under one name."""
+    loaded: bool = True
+    """It answers without loading the model first."""
+    load_seconds: float = 0.0
+    """What loading takes, if it is not loaded."""
+    memory_tokens: int | None = None
+    """Tokens that all requests which run at once may hold together (vLLM's KV cache); None: slots alone
+    bound them."""
+    cache_tokens: int | None = None
+    """Tokens of earlier prompts that it remembers; None: not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +131,10 @@ class Condition:
     """It can generate now. False: it answers, but is loading or has failed."""
     slots: int | None = None
     """How many requests it works on at once; None: it does not say."""
+    running: int | None = None
+    """Requests that it holds, whoever sent them; None: it does not say."""
+    shares_prefixes: bool = False
+    """A prefix that one request is using can serve another at the same time (vLLM); else only afterwards."""
     engine: str = ""
     state: str = "ready"
     detail: str = ""
@@ -100,6 +158,8 @@ class Measures:
     seconds: float
     first_byte: float | None = None
     prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    """Of the prompt's, those that the engine did not have to compute; None: it does not say."""
     output_tokens: int | None = None
 
 
@@ -146,6 +206,13 @@ class Served:
 class Arrived:
     ticket: Ticket
     ask: Ask
+
+
+@dataclass(frozen=True, slots=True)
+class Began:
+    """The first token of a ticket's answer has come."""
+
+    ticket: Ticket
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,8 +265,11 @@ class Lost:
 class Tick:
     """Time has passed: somebody may have waited long enough, some breaker rested long enough."""
 
+    received: Mapping[Ticket, int] = field(default_factory=dict)
+    """Tokens that have come until now, of tickets whose answer has grown since the last tick."""
 
-Event = Arrived | Ended | Seen | Gone | Reported | Lost | Tick
+
+Event = Arrived | Began | Ended | Seen | Gone | Reported | Lost | Tick
 
 # ... and what it wants done.
 
@@ -212,6 +282,10 @@ class Candidate:
     scores: Mapping[str, float]
     """By scorer name, each 0 to 1."""
     weight: float
+    expected_seconds: float | None = None
+    """What the ask was expected to cost here (ROUTING 2, T); None: the policy does not estimate."""
+    cached_tokens: int = 0
+    """Of its prompt, what this worker was thought to remember."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,6 +296,8 @@ class Choice:
     candidates: tuple[Candidate, ...]
     excluded: Mapping[WorkerId, str] = field(default_factory=dict)
     """Workers of the room that were out of the question, with the reason."""
+    because: str = ""
+    """For people, in a few words: `the paper's first prompt`, `a copy of a straggler`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +307,26 @@ class Grant:
     ticket: Ticket
     worker: Worker
     choice: Choice
+    model: ModelName | None = None
+    """By which name to ask this worker for the model; None: by the client's."""
+    warm_chars: int | None = None
+    """Not the ask itself: only so much of its prompt is to be read, with an answer of one token, so that the
+    engine remembers it. Then the ticket is `Ended`, and the ask arrives again."""
+    copy_of: Ticket | None = None
+    """A second attempt at the ask of that ticket, under a ticket of its own; the first whole answer counts
+    and the other attempt is ended. Who has no use for it ends it at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Find out whether this worker generates again: one token, and the ticket is `Ended` with the verdict.
+    Nobody's request is risked on a worker that failed."""
+
+    ticket: Ticket
+    worker: Worker
+    endpoint: Endpoint
+    model: ModelName
+    """As this worker calls it."""
 
 
 class Refusal(Enum):
@@ -242,6 +338,8 @@ class Refusal(Enum):
     ROOM_EMPTY = "room_empty"
     ENDPOINT_NOT_SERVED = "endpoint_not_served"
     QUEUE_FULL = "queue_full"
+    WOULD_WAIT_TOO_LONG = "would_wait_too_long"
+    """As things stand its turn would come after its deadline."""
     WAITED_TOO_LONG = "waited_too_long"
 
 
@@ -261,10 +359,10 @@ class Refuse:
 
 @dataclass(frozen=True, slots=True)
 class Abandon:
-    """The worker that held this ticket is lost: stop waiting for its answer."""
+    """The worker that holds this ticket is lost, or says nothing any more: stop waiting for its answer."""
 
     ticket: Ticket
     reason: str
 
 
-Command = Grant | Refuse | Abandon
+Command = Grant | Refuse | Abandon | Probe
