@@ -1,70 +1,123 @@
-"""The bounded waiting line: who waits, in which order, until when. Pure.
+"""The bounded waiting line of the interactive class: who waits, whose turn it is, until when. Pure.
 
-Asks with equal needs can be served by the same workers, so only the first of each such group has to be
-looked at when room appears: a thousand waiting papers cost one look.
+Asks with equal needs can be served by the same workers. Among them each client gets its fair share of the
+tokens served (`fairness.Turns`), and each client's own asks are served in the order of their arrival.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heapreplace
 from itertools import takewhile
 
+from balancer.core.fairness import Turns
 from balancer.core.model import Ask, Needs, Ticket
 
 
 @dataclass(frozen=True, slots=True)
 class AdmissionPolicy:
     max_waiting: int = 1000
-    """Beyond it an ask is refused at once: a longer line only adds waiting, never work done."""
+    """Of class interactive. Beyond it an ask is refused at once: a longer line only adds waiting."""
+    max_waiting_batch: int = 10_000
+    """Of class batch: all that a client wants done over night may wait here, which lets it be put in a good
+    order."""
+
+
+@dataclass(slots=True)
+class _Group:
+    """Those who need the same, by client."""
+
+    by_client: dict[str, OrderedDict[Ticket, Ask]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class WaitingLine:
-    policy: AdmissionPolicy
-    _groups: dict[Needs, OrderedDict[Ticket, Ask]] = field(default_factory=dict)
+    max_waiting: int
+    turns: Turns = field(default_factory=Turns)
+    _groups: dict[Needs, _Group] = field(default_factory=dict)
     _asks: dict[Ticket, Ask] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self._asks)
 
+    def __contains__(self, ticket: Ticket) -> bool:
+        return ticket in self._asks
+
     @property
     def is_full(self) -> bool:
-        return len(self._asks) >= self.policy.max_waiting
+        return len(self._asks) >= self.max_waiting
 
     def join(self, ticket: Ticket, ask: Ask) -> None:
-        """Stand in line by first arrival: a retry goes before those that came after it."""
+        """Stand in line by first arrival: a retry goes before those of its client that came after it."""
         self._asks[ticket] = ask
-        group = self._groups.setdefault(ask.needs, OrderedDict())
-        later = list(takewhile(lambda waiting: waiting[1].arrived > ask.arrived, reversed(group.items())))
-        group[ticket] = ask
+        self.turns.joined(ask.client)
+        group = self._groups.setdefault(ask.needs, _Group())
+        own = group.by_client.setdefault(ask.client, OrderedDict())
+        later = list(takewhile(lambda waiting: waiting[1].arrived > ask.arrived, reversed(own.items())))
+        own[ticket] = ask
         for other, _ in reversed(later):
-            group.move_to_end(other)
+            own.move_to_end(other)
 
     def leave(self, ticket: Ticket) -> Ask | None:
         """The ask of that ticket, out of the line; None if it was not in it."""
         ask = self._asks.pop(ticket, None)
         if ask is not None:
+            self.turns.left(ask.client)
             group = self._groups[ask.needs]
-            del group[ticket]
-            if not group:
-                del self._groups[ask.needs]
+            own = group.by_client[ask.client]
+            del own[ticket]
+            if not own:
+                del group.by_client[ask.client]
+                if not group.by_client:
+                    del self._groups[ask.needs]
         return ask
 
-    def heads(self) -> list[tuple[Ticket, Ask]]:
-        """The first of each group, oldest arrival first."""
-        firsts = [next(iter(group.items())) for group in self._groups.values()]
-        return sorted(firsts, key=lambda first: (first[1].arrived, first[0]))
+    def needs(self) -> list[Needs]:
+        """What is waited for; first what somebody waits for longest."""
+        return sorted(self._groups, key=lambda needs: min(ask.arrived for _, ask in self._firsts(needs)))
 
-    def head(self, needs: Needs) -> tuple[Ticket, Ask] | None:
+    def in_turn(self, needs: Needs, cost: Callable[[Ask], float]) -> Iterator[tuple[Ticket, Ask]]:
+        """Who needs this, whose turn it is first, as if each were served its `cost` in tokens before the
+        next is looked at. The line must not change meanwhile."""
         group = self._groups.get(needs)
-        return next(iter(group.items())) if group else None
+        if group is None:
+            return
+        heap = []
+        for number, (client, own) in enumerate(group.by_client.items()):
+            waiting = iter(own.items())
+            ticket, ask = next(waiting)
+            heap.append((self.turns.counter(client), ask.arrived, number, ticket, ask, waiting))
+        heapify(heap)
+        while heap:
+            counter, _, number, ticket, ask, waiting = heap[0]
+            yield ticket, ask
+            following = next(waiting, None)
+            if following is None:
+                heappop(heap)
+            else:
+                entry = (counter + cost(ask), following[1].arrived, number, *following, waiting)
+                heapreplace(heap, entry)
 
-    def group(self, needs: Needs) -> tuple[Ticket, ...]:
-        return tuple(self._groups.get(needs, ()))
+    def has(self, needs: Needs) -> bool:
+        return needs in self._groups
 
-    def needs(self) -> tuple[Needs, ...]:
-        return tuple(self._groups)
+    def count(self, needs: Needs) -> int:
+        """How many wait for this."""
+        group = self._groups.get(needs)
+        return sum(map(len, group.by_client.values())) if group else 0
 
-    def overdue(self, now: float) -> list[tuple[Ticket, Ask]]:
-        return [(ticket, ask) for ticket, ask in self._asks.items() if ask.deadline <= now]
+    def group(self, needs: Needs) -> list[Ticket]:
+        """All that wait for this."""
+        group = self._groups.get(needs)
+        return [ticket for own in group.by_client.values() for ticket in own] if group else []
+
+    def ask_of(self, ticket: Ticket) -> Ask:
+        return self._asks[ticket]
+
+    def overdue(self, now: float) -> list[Ticket]:
+        return [ticket for ticket, ask in self._asks.items() if ask.deadline <= now]
+
+    def _firsts(self, needs: Needs) -> Iterator[tuple[Ticket, Ask]]:
+        return (next(iter(own.items())) for own in self._groups[needs].by_client.values())

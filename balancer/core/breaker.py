@@ -77,6 +77,10 @@ class Breaker:
                 return replace(self, failures=self.failures + 1)
         return self
 
+    def tripped(self, now: float) -> Breaker:
+        """It was found to be stuck: no need to wait for further failures."""
+        return self._tripped(now)
+
     def returned(self, now: float) -> Breaker:
         """The worker was away and is back (restarted, most likely): its rest is over, a probe may pass."""
         if self.phase is Phase.OPEN and self.retry_at > now:

@@ -2,49 +2,75 @@
 
 `handle` is called synchronously, so in production the event loop is the lock; the property tests and the
 simulator are its other callers. What it promises, after every event: nobody waits beside a worker that
-could take them, no worker holds more than its slots (a limit that shrank apart, until it has drained),
+should take them, no worker holds more than its slots (a limit that shrank apart, until it has drained),
 and every ticket that arrived is granted or refused once, and ends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from heapq import heappop, heappush
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from heapq import nsmallest
+from itertools import count, islice
+from math import inf
 from typing import Protocol
 
 from balancer.core.admission import AdmissionPolicy, WaitingLine
+from balancer.core.batches import Assignment, BatchLine, BatchPolicy, Group, Planner, Service
 from balancer.core.breaker import BreakerPolicy, Phase
-from balancer.core.fleet import Fleet, Member
+from balancer.core.fleet import Fleet, Flight, Line, Member
+from balancer.core.forecast import Forecast
 from balancer.core.model import (
     Abandon,
     Arrived,
     Ask,
+    Began,
+    Candidate,
     Choice,
     Command,
+    Condition,
     Ended,
+    Endpoint,
     Event,
     Gone,
     Grant,
     Lost,
+    Measures,
     ModelName,
     ModelOffer,
+    Needs,
+    Probe,
     Refusal,
     Refuse,
     Reported,
     Seen,
+    ServiceClass,
     Tick,
     Ticket,
     Verdict,
     Worker,
     WorkerId,
 )
-from balancer.core.placement import PlacementPolicy, pick, rate
+from balancer.core.placement import PlacementPolicy, draw, expected_seconds, pick, rate
 from balancer.core.scorers import Standing
 
 LEAST_RETRY_AFTER, LONGEST_RETRY_AFTER = 1.0, 60.0
 GUESSED_SECONDS = 5.0
 """How long an answer is taken to last while none has been measured."""
+LOOKS = 32
+"""So many of a line are looked at when a worker has room that the first of them prefer to wait past."""
+SHORTLIST = 64
+"""In a room of more workers than this, an ask is compared with the best so many of them only."""
+SHORTLIST_SECONDS = 0.05
+EXPLORED_WITH_TOKENS = 2000.0
+"""A worker of which little is known is tried with prompts no longer than this."""
+CALIBRATION_PROMPT_TOKENS, CALIBRATION_OUTPUT_TOKENS = 512, 16
+"""A second's work for a small machine (ROUTING 2, "Prior")."""
+FLOOR_HALF_LIFE_SECONDS = 60.0
+"""How fast it is forgotten which class was given how much."""
+SILENT_SECONDS, SILENT_UNBEGUN_SECONDS = 5.0, 10.0
+PREFILL_CHUNK_TOKENS = 2048
+"""An engine may say nothing on any stream while it reads one chunk of a prompt."""
 
 
 class Chance(Protocol):
@@ -60,6 +86,7 @@ class DispatchPolicy:
     placement: PlacementPolicy = field(default_factory=PlacementPolicy)
     admission: AdmissionPolicy = field(default_factory=AdmissionPolicy)
     breaker: BreakerPolicy = field(default_factory=BreakerPolicy)
+    batch: BatchPolicy = field(default_factory=BatchPolicy)
     settle_seconds: float = 5.0
     """So long after the start a model that nobody serves yet is waited for: the room is assembling."""
 
@@ -78,6 +105,10 @@ class WorkerView:
     models: tuple[ModelName, ...]
     success_rate: float
     average_seconds: float | None
+    prefill_tokens_per_second: float | None
+    """Learned, of its first model; None: nothing was measured yet, as below."""
+    tokens_per_second: float | None
+    """Of one answer that is written alone."""
     engine: str
     hardware: str
     advice: tuple[str, ...]
@@ -87,51 +118,84 @@ class WorkerView:
 class Snapshot:
     workers: tuple[WorkerView, ...]
     waiting: int
+    waiting_batch: int
+    """Of those who wait, the ones of class batch."""
     running: int
     models: Mapping[ModelName, tuple[ModelOffer, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    member: Member
+    choice: Choice
+    uncached: float
+    expected: float
 
 
 class Dispatcher:
     def __init__(self, policy: DispatchPolicy, chance: Chance, *, started: float) -> None:
         self._policy = policy
+        self._placing = policy.placement
+        self._weights = policy.placement.effective_weights()
+        self._estimates = policy.placement.policy.estimates
         self._chance = chance
         self._settled_at = started + policy.settle_seconds
         self._fleet = Fleet(policy.breaker)
-        self._line = WaitingLine(policy.admission)
-        self._leases: dict[Ticket, Member] = {}
+        self._forecast = Forecast()
+        self._line = WaitingLine(policy.admission.max_waiting)
+        self._plain_batch = WaitingLine(policy.admission.max_waiting_batch)
+        """Class batch under a policy that does not estimate: papers mean nothing to it."""
+        self._batch = BatchLine()
+        self._planner = Planner(self._batch, self._fleet, self._forecast, policy.batch)
+        self._flights: dict[Ticket, Flight] = {}
+        self._copies: dict[Ticket, Ticket] = {}
+        """Of an ask that runs twice: by the first attempt's ticket the second's."""
+        self._papers: dict[Ticket, Group] = {}
+        """The group of each prompt of a batch that runs."""
+        self._own_tickets = count(-1, -1)
+        self._last_chat: dict[ModelName, float] = {}
+        self._given = {ServiceClass.INTERACTIVE: 0.0, ServiceClass.BATCH: 0.0}
+        """Tokens, decayed since `_given_at`."""
+        self._given_at = started
+        self._shortlists: dict[Service, tuple[float, tuple[Member, ...]]] = {}
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """What follows from an event, to be performed in order. `now`: seconds, never less than before."""
         match event:
+            case Began(ticket):
+                return self._began(ticket, now)
+            case Ended():
+                member = self._ended(event, now)
+                return self._place([member] if member else [], now)
             case Arrived(ticket, ask):
                 return self._arrived(ticket, ask, now)
-            case Ended():
-                self._ended(event, now)
-                return self._place_waiting(now)
+            case Reported(worker_id, condition):
+                return self._reported(worker_id, condition, now)
+            case Tick(received):
+                return self._tick(received, now)
             case Seen(worker):
                 self._fleet.seen(worker)
-                return self._place_waiting(now)
+                return self._place(None, now)
             case Gone(worker_id):
                 self._fleet.gone(worker_id)
-                return self._refuse_hopeless(now) + self._place_waiting(now)
-            case Reported(worker_id, condition):
-                self._fleet.reported(worker_id, condition, now)
-                return self._refuse_hopeless(now) + self._place_waiting(now)
+                self._batch.evict(worker_id)
+                return self._refuse_hopeless(now) + self._place(None, now)
             case Lost(worker_id, reason, abandon):
                 member = self._fleet.lost(worker_id, reason)
+                self._batch.evict(worker_id)
                 # A worker that is lost may have been the avoided one's only rival: look again.
-                placed = self._refuse_hopeless(now) + self._place_waiting(now)
+                placed = self._refuse_hopeless(now) + self._place(None, now)
                 if member is None or not abandon:
                     return placed
                 return [Abandon(ticket, reason) for ticket in sorted(member.running)] + placed
-            case Tick():
-                return self._refuse_overdue(now) + self._refuse_hopeless(now) + self._place_waiting(now)
 
     def snapshot(self, now: float) -> Snapshot:
+        batch = len(self._batch) + len(self._plain_batch)
         return Snapshot(
             workers=tuple(_view(member, now) for member in self._fleet),
-            waiting=len(self._line),
-            running=len(self._leases),
+            waiting=len(self._line) + batch,
+            waiting_batch=batch,
+            running=sum(flight.kind != "probe" for flight in self._flights.values()),
             models=self._fleet.models(),
         )
 
@@ -139,66 +203,637 @@ class Dispatcher:
         """Whether some worker of the room has this model, able or not to be asked now."""
         return self._fleet.knows(model)
 
-    # Tickets
+    # What happens
 
     def _arrived(self, ticket: Ticket, ask: Ask, now: float) -> list[Command]:
         refusal = self._hopeless(ask, now)
         if refusal is not None:
             return [self._refuse(ticket, ask, refusal, now)]
-        if self._line.head(ask.needs) is None and (grant := self._grant(ticket, ask, now)):
-            return [grant]
-        if self._line.is_full and not ask.admitted:
-            return [self._refuse(ticket, ask, Refusal.QUEUE_FULL, now)]
+        if ask.service_class is ServiceClass.BATCH:
+            return self._arrived_batch(ticket, ask, now)
+        self._last_chat[ask.needs.model] = now
+        if not self._line.has(ask.needs):
+            grant = self._grant(ticket, ask, now)
+            if grant is not None:
+                return [grant]
+        if not ask.admitted:
+            if self._line.is_full:
+                return [self._refuse(ticket, ask, Refusal.QUEUE_FULL, now)]
+            if now + self._expected_wait(ask, now) > ask.deadline:
+                return [self._refuse(ticket, ask, Refusal.WOULD_WAIT_TOO_LONG, now)]
         self._line.join(ticket, ask)
-        return []
+        return self._place_line(self._line, now, only=ask.needs)
 
-    def _ended(self, event: Ended, now: float) -> None:
-        if self._line.leave(event.ticket) is not None:
-            return
-        member = self._leases.pop(event.ticket, None)
-        if member is None:
-            return
-        self._fleet.gave_back(member, event.ticket)
+    def _arrived_batch(self, ticket: Ticket, ask: Ask, now: float) -> list[Command]:
+        waiting = len(self._batch) + len(self._plain_batch)
+        if waiting >= self._policy.admission.max_waiting_batch and not ask.admitted:
+            return [self._refuse(ticket, ask, Refusal.QUEUE_FULL, now)]
+        if not self._estimates:
+            self._plain_batch.join(ticket, ask)
+            return self._place_line(self._plain_batch, now, only=ask.needs)
+        group = self._batch.join(ticket, ask)
+        members = [member for member in map(self._fleet.get, group.homes) if member is not None]
+        if not members:
+            able = self._fleet.able(ask.needs.model, ask.needs.endpoint, now).members
+            members = list(able)
+            if len(able) > SHORTLIST:  # some of many; the next tick looks at all of them
+                first = int(self._chance.random() * len(able))
+                members = [able[(first + step) % len(able)] for step in range(16)]
+        return self._place_batch(members, now)
+
+    def _began(self, ticket: Ticket, now: float) -> list[Command]:
+        flight = self._flights.get(ticket)
+        if flight is None or flight.first is not None:
+            return []
+        member = flight.member
+        seconds = now - max(flight.sent, member.last_first if len(member.pending) > 1 else flight.sent)
+        flight.first = flight.grew = member.last_first = member.last_byte = now
+        member.pending.pop(ticket, None)
+        if flight.uncached > 0.75 * flight.prompt:  # else an engine that has forgotten would look slow
+            member.speeds_of(flight.offer).read(flight.uncached, seconds)
+        if member.condition is not None and member.condition.slots is None:
+            member.limit.began(seconds=seconds, expected=flight.expected, running=len(member.running))
+        member.changed()
+        if member.shares_prefixes and flight.kind != "probe":
+            self._forecast.remember(flight)
+        return self._place_batch([member], now)
+
+    def _ended(self, event: Ended, now: float) -> Member | None:
+        """Whose room has changed; None: the ticket was in a line."""
+        if self._leave(event.ticket) is not None:
+            return None
+        flight = self._flights.pop(event.ticket, None)
+        if flight is None:
+            return None
+        if flight.of is not None:
+            self._copies.pop(flight.of, None)
+        member = flight.member
+        was_closed = member.breaker.phase is Phase.CLOSED
         member.breaker = member.breaker.settled(event.ticket, event.verdict, now)
+        if event.verdict is Verdict.GOOD:
+            self._learn(flight, event.measures, now)
+            member.answered()
+        elif event.verdict is Verdict.BAD:
+            member.failed()
+        self._take_off(flight, now)
         if event.hold_seconds is not None:
             member.held_until = max(member.held_until, now + event.hold_seconds)
+            self._fleet.forget_able()
         if event.unreachable and member.condition is not None and member.lost is None:
             member.lost = "could not be connected to"
+            self._fleet.forget_able()
+        is_closed = member.breaker.phase is Phase.CLOSED
+        if was_closed != is_closed:
+            self._fleet.forget_able()
+        if was_closed and not is_closed:
+            member.starts_slowly()
+            self._batch.evict(member.worker.id)
         if event.verdict is not Verdict.UNKNOWN:
             seconds = event.measures.seconds if event.measures else 0.0
             member.window.add(now, good=event.verdict is Verdict.GOOD, seconds=seconds)
+        return member
+
+    def _learn(self, flight: Flight, measures: Measures | None, now: float) -> None:
+        member, ask = flight.member, flight.ask
+        member.last_byte = now
+        if measures is None:
+            return
+        speeds = member.speeds_of(flight.offer)
+        output, prompt, cached = measures.output_tokens, measures.prompt_tokens, measures.cached_tokens
+        first = flight.first
+        if flight.kind in ("ask", "copy"):
+            self._forecast.sizes(ask.needs.model).counted(ask, prompt, output)
+            self._forecast.settle(ask, member.worker.id, (prompt or flight.prompt) + (output or 0))
+        if flight.kind != "probe":
+            self._forecast.remember(flight, tokens=flight.prompt if flight.kind == "warm" else None)
+        if first is not None and prompt and flight.uncached <= 0.75 * flight.prompt and cached is not None:
+            speeds.read(prompt - cached, first - flight.sent)
+        if first is not None and output and output > 8:
+            streams = (flight.streams + member.load) / 2
+            speeds.wrote(streams, (now - first) / (output - 1))
+
+    def _take_off(self, flight: Flight, now: float) -> None:
+        """Its slot is free again."""
+        self._fleet.gave_back(flight)
+        group = self._papers.pop(flight.ticket, None)
+        if group is not None:
+            self._batch.ended(group, now)
+
+    def _reported(self, worker_id: WorkerId, condition: Condition, now: float) -> list[Command]:
+        member = self._fleet.get(worker_id)
+        if member is None:
+            return []
+        before, room = (member.condition, member.lost), member.room
+        self._fleet.reported(worker_id, condition, now)
+        if condition.ready:
+            commands = self._calibrations(member, now)
+        else:
+            commands = []
+            self._batch.evict(worker_id)
+        known, lost = before
+        if (
+            known is None
+            or lost is not None
+            or (known.ready, known.models)
+            != (
+                condition.ready,
+                condition.models,
+            )
+        ):
+            return commands + self._refuse_hopeless(now) + self._place(None, now)
+        return commands + (self._place([member], now) if member.room > room else [])
+
+    def _tick(self, received: Mapping[Ticket, int], now: float) -> list[Command]:
+        for ticket, tokens in received.items():
+            self._grew(ticket, tokens, now)
+        self._batch.tidy(now)
+        commands: list[Command] = []
+        for member in list(self._fleet):
+            commands += self._silent(member, now)
+            commands += self._recovery(member, now)
+        commands += self._refuse_overdue(now) + self._refuse_hopeless(now) + self._place(None, now)
+        if self._estimates:
+            commands += self._copy_stragglers(now)
+        return commands
+
+    def _grew(self, ticket: Ticket, tokens: int, now: float) -> None:
+        flight = self._flights.get(ticket)
+        if flight is None or flight.first is None or tokens <= flight.tokens:
+            return
+        member, more = flight.member, tokens - flight.tokens
+        member.last_byte = now
+        # Undisturbed by anybody's prompt, and more than what rounding to ticks makes of it.
+        if member.last_first <= flight.grew and not member.pending and more > 2 and flight.tokens:
+            member.speeds_of(flight.offer).wrote(member.load, (now - flight.grew) / more, 0.05)
+        flight.tokens, flight.grew = tokens, now
+
+    def _silent(self, member: Member, now: float) -> list[Command]:
+        """Whether an engine is stuck: it has requests, and for much too long has said nothing on any."""
+        if not member.running or member.lost is not None:
+            return []
+        first = next(iter(member.running.values()))
+        speeds = member.speeds_of(first.offer)
+        chunk = PREFILL_CHUNK_TOKENS / speeds.prefill_tokens_per_second
+        quiet = now - max(member.last_byte, first.sent)
+        if len(member.pending) < len(member.running):
+            stuck = quiet > SILENT_SECONDS + 3 * chunk
+        else:
+            known = speeds.answers > 0  # of its speed nothing is known before: only the whole time limits it
+            late = now - first.sent > SILENT_UNBEGUN_SECONDS + 3 * first.expected
+            stuck = known and late and quiet > SILENT_UNBEGUN_SECONDS + 3 * chunk
+        if not stuck:
+            return []
+        member.breaker = member.breaker.tripped(now)
+        member.starts_slowly()
+        self._fleet.forget_able()
+        self._batch.evict(member.worker.id)
+        return [Abandon(ticket, f"nothing came for {quiet:.0f} s") for ticket in sorted(member.running)]
+
+    # Requests of our own
+
+    def _recovery(self, member: Member, now: float) -> list[Command]:
+        """A worker whose breaker has rested is tried with something that nobody waits for."""
+        if member.breaker.phase is Phase.CLOSED or not member.breaker.admits(now):
+            return []
+        if member.unfit(now) is not None or member.room <= 0:
+            return []
+        probe = self._probe(member, now, 1, 1)
+        if probe is None:
+            return []
+        member.breaker = member.breaker.sent(probe.ticket, now)
+        return [probe]
+
+    def _calibrations(self, member: Member, now: float) -> list[Command]:
+        """A new machine is measured before anybody waits for it."""
+        if not member.calibrates or member.unfit(now) is not None or member.room <= 0:
+            return []
+        probe = self._probe(member, now, CALIBRATION_PROMPT_TOKENS, CALIBRATION_OUTPUT_TOKENS, once=True)
+        return [] if probe is None else [probe]
+
+    def _probe(
+        self, member: Member, now: float, prompt: int, output: int, *, once: bool = False
+    ) -> Probe | None:
+        for offer in member.offers:
+            name = offer.known_as or offer.name
+            endpoint = next((one for one in Endpoint if one in offer.endpoints), None)
+            if endpoint is None or (once and (name in member.calibrated or not offer.loaded)):
+                continue
+            if once:
+                member.calibrated.add(name)
+            ticket = Ticket(next(self._own_tickets))
+            ask = Ask(needs=Needs(model=offer.name, endpoint=endpoint), arrived=now, deadline=inf)
+            line = member.line(offer, self._placing.social, self._placing.kappa)
+            flight = Flight(
+                ticket=ticket,
+                ask=ask,
+                member=member,
+                offer=offer,
+                sent=now,
+                prompt=prompt,
+                uncached=prompt,
+                expected=expected_seconds(line, prompt, 0, now, full=False),
+                output=output,
+                kind="probe",
+            )
+            self._flights[ticket] = flight
+            member.sent(flight)
+            return Probe(ticket, member.worker, endpoint, name, prompt_tokens=prompt, output_tokens=output)
+        return None
 
     # Placing
 
-    def _place_waiting(self, now: float) -> list[Command]:
-        """Grants in the order of arrival, as far as there is room for each."""
+    def _place(self, members: Sequence[Member] | None, now: float) -> list[Command]:
+        """Everything that can be given now; first what people wait for. `members`: where something may have
+        changed; None: anywhere."""
         commands: list[Command] = []
-        heads = [(ask.arrived, ticket, ask) for ticket, ask in self._line.heads()]
-        while heads:
-            _, ticket, ask = heappop(heads)
-            grant = self._grant(ticket, ask, now)
-            if grant is None:
-                continue  # and so for all who need the same
-            self._line.leave(ticket)
-            commands.append(grant)
-            if (head := self._line.head(ask.needs)) is not None:
-                heappush(heads, (head[1].arrived, *head))
+        if members is None:
+            self._shortlists.clear()
+        changed = list(self._fleet) if members is None else members
+        if self._batch_is_starved(now):
+            commands += self._place_batch(changed, now, at_least_one=True)
+        if len(self._line):
+            commands += self._place_line(self._line, now, changed=members)
+        if len(self._plain_batch):
+            commands += self._place_line(self._plain_batch, now)
+        if len(self._batch):
+            commands += self._place_batch(changed, now)
         return commands
 
-    def _grant(self, ticket: Ticket, ask: Ask, now: float) -> Grant | None:
-        eligible = self._fleet.eligible(ask.needs, now)
-        if not eligible.members:
-            return None
-        candidates = rate(_standings(eligible.members, now), self._policy.placement)
-        picked = pick(candidates, self._chance.random())
-        member = next(member for member in eligible.members if member.worker.id == picked.worker_id)
-        member.running.add(ticket)
-        member.breaker = member.breaker.sent(ticket, now)
-        self._leases[ticket] = member
-        choice = Choice(worker_id=picked.worker_id, candidates=candidates, excluded=eligible.excluded)
-        return Grant(ticket, member.worker, choice)
+    def _place_line(
+        self,
+        line: WaitingLine,
+        now: float,
+        *,
+        only: Needs | None = None,
+        changed: Sequence[Member] | None = None,
+    ) -> list[Command]:
+        """Grants in turn, as far as there is room for each. Some may prefer to wait: a few behind them are
+        looked at too."""
+        commands: list[Command] = []
+        for needs in line.needs() if only is None else [only]:
+            if changed and not any(member.room > 0 for member in changed):
+                break
+            declined: set[Ticket] = set()
+            placed = True
+            while placed and len(declined) < LOOKS:
+                placed = False
+                for ticket, ask in islice(line.in_turn(needs, self._tokens), LOOKS):
+                    if ticket in declined:
+                        continue
+                    grant = self._grant(ticket, ask, now, also=changed)
+                    if grant is None:
+                        if not self._estimates:
+                            break  # nobody has room: so it is for all who need the same
+                        declined.add(ticket)
+                        continue
+                    line.turns.served(ask.client, self._tokens(ask))
+                    line.leave(ticket)
+                    commands.append(grant)
+                    placed = True
+                    break
+        return commands
 
-    # Refusing
+    def _grant(
+        self, ticket: Ticket, ask: Ask, now: float, also: Sequence[Member] | None = None
+    ) -> Grant | None:
+        chosen = (
+            self._choose_by_estimate(ask, now, also or ())
+            if self._estimates
+            else self._choose_by_scores(ask, now)
+        )
+        if chosen is None:
+            return None
+        return self._launch(ticket, ask, chosen, now)
+
+    def _choose_by_scores(self, ask: Ask, now: float) -> _Chosen | None:
+        members, excluded = self._fleet.allowed(ask.needs, now)
+        is_batch = ask.service_class is ServiceClass.BATCH
+        active = is_batch and self._chats_are_active(ask.needs.model, now)
+        reasons = dict(excluded)
+        standings: dict[WorkerId, Standing] = {}
+        with_room = []
+        for member in members:
+            slots = self._planner.capacity(member, active=active) if is_batch else member.slots
+            if member.load < slots:
+                with_room.append(member)
+            else:
+                reasons[member.worker.id] = "no room"
+        if not with_room:
+            return None
+        for member in with_room:
+            member.window.fade(now)
+        averages = [seconds for member in with_room if (seconds := member.window.average_seconds) is not None]
+        least_load = min(member.load / member.slots for member in with_room)
+        longest_rest = max(now - member.last_picked for member in with_room)
+        for member in with_room:
+            standings[member.worker.id] = Standing(
+                running=member.load,
+                slots=member.slots,
+                success_rate=member.window.success_rate,
+                average_seconds=member.window.average_seconds,
+                best_average_seconds=min(averages, default=None),
+                reliability=member.reliability,
+                least_load=least_load,
+                rested_seconds=now - member.last_picked,
+                longest_rest_seconds=longest_rest,
+            )
+        candidates = rate(standings, self._weights, self._placing.policy.combine)
+        picked = pick(candidates, self._chance.random())
+        member = next(one for one in with_room if one.worker.id == picked.worker_id)
+        choice = Choice(worker_id=picked.worker_id, candidates=candidates, excluded=reasons)
+        tokens = self._forecast.prompt_tokens(ask)
+        return _Chosen(member, choice, tokens, 0.0)
+
+    def _choose_by_estimate(self, ask: Ask, now: float, also: Iterable[Member]) -> _Chosen | None:
+        """ROUTING 2, "Pick": by what the ask will cost on each worker. None: nobody who should take it has
+        room."""
+        members, excluded = self._fleet.allowed(ask.needs, now)
+        if len(members) > SHORTLIST:
+            members = self._shortlist(ask, members, now, also)
+        offers = self._fleet.offers_of(ask.needs.model)
+        placing, forecast = self._placing, self._forecast
+        home = forecast.home(ask)
+        tokens, output = forecast.prompt_tokens(ask), forecast.answer_tokens(ask)
+        if ask.needs.endpoint is Endpoint.EMBEDDINGS:
+            output = 1.0
+        best = inf
+        rated: list[tuple[float, Member, float, Line, ModelOffer]] = []
+        unexplored: list[tuple[Member, float, Line, ModelOffer]] = []
+        for member in members:
+            offer = offers[member.worker.id]
+            line = member.line(offer, placing.social, placing.kappa)
+            cached = forecast.cached(ask, member, offer, home)
+            if not line.explored and not member.running and tokens <= EXPLORED_WITH_TOKENS:
+                unexplored.append((member, cached, line, offer))
+                continue
+            full = line.full or (offer.memory_tokens is not None and not member.fits(offer, tokens))
+            seconds = expected_seconds(line, tokens - cached, output, now, full=full)
+            if home is not None and home.worker_id != member.worker.id:
+                seconds *= placing.stick
+            rated.append((seconds, member, cached, line, offer))
+            if seconds < best:
+                best = seconds
+        for member, cached, line, offer in unexplored:
+            seconds = expected_seconds(line, tokens - cached, output, now, full=line.full)
+            rated.append((min(seconds, best), member, cached, line, offer))
+            best = min(best, seconds)
+        limit = placing.cut * best + placing.cut_seconds
+        standings: dict[WorkerId, Standing] = {}
+        usable: dict[WorkerId, tuple[Member, float, float]] = {}
+        for seconds, member, cached, line, offer in rated:
+            if seconds <= limit and not line.full and member.fits(offer, tokens):
+                worker_id = member.worker.id
+                usable[worker_id] = member, cached, seconds
+                standings[worker_id] = Standing(
+                    running=member.load,
+                    slots=member.slots,
+                    success_rate=member.window.success_rate,
+                    average_seconds=None,
+                    best_average_seconds=None,
+                    reliability=member.reliability,
+                    expected_seconds=seconds,
+                    least_expected_seconds=best,
+                )
+        if not usable:
+            return None
+        candidates = rate(standings, self._weights, placing.policy.combine)
+        picked = pick(candidates, self._chance.random())
+        member, cached, seconds = usable[picked.worker_id]
+        told = tuple(
+            replace(
+                one, expected_seconds=usable[one.worker_id][2], cached_tokens=int(usable[one.worker_id][1])
+            )
+            for one in candidates
+        )
+        reasons = dict(excluded)
+        for its_seconds, other, _, line, _ in rated:
+            if other.worker.id not in usable:
+                reasons[other.worker.id] = "no room" if line.full else f"would take {its_seconds:.1f} s"
+        choice = Choice(worker_id=picked.worker_id, candidates=told, excluded=reasons)
+        return _Chosen(member, choice, tokens - cached, seconds)
+
+    def _shortlist(
+        self, ask: Ask, members: Sequence[Member], now: float, also: Iterable[Member]
+    ) -> list[Member]:
+        """Of many, those to compare: the best as things were a moment ago for a prompt that none of them
+        knows, the home of the conversation, and `also` those where something has just changed."""
+        needs = ask.needs
+        offers = self._fleet.offers_of(needs.model)
+        service = needs.model, needs.endpoint
+        at, best = self._shortlists.get(service, (-inf, ()))
+        if now - at > SHORTLIST_SECONDS or not best:
+            tokens, output = self._forecast.prompt_tokens(ask), self._forecast.answer_tokens(ask)
+            placing = self._placing
+
+            def seconds(member: Member) -> float:
+                line = member.line(offers[member.worker.id], placing.social, placing.kappa)
+                return expected_seconds(line, tokens, output, now, full=line.full)
+
+            best = tuple(nsmallest(SHORTLIST // 2, members, key=seconds))
+            self._shortlists[service] = now, best
+        allowed = {member.worker.id: member for member in best}
+        home = self._forecast.home(ask)
+        more = list(also)
+        if home is not None and (member := self._fleet.get(home.worker_id)) is not None:
+            more.append(member)
+        able = {member.worker.id for member in members} if needs.avoid or more else set()
+        for member in more:
+            if member.worker.id in able:
+                allowed[member.worker.id] = member
+        return [one for one in allowed.values() if not needs.avoid or one.worker.id in able]
+
+    def _launch(
+        self,
+        ticket: Ticket,
+        ask: Ask,
+        chosen: _Chosen,
+        now: float,
+        *,
+        group: Group | None = None,
+        warm_tokens: float | None = None,
+        of: Ticket | None = None,
+    ) -> Grant:
+        member = chosen.member
+        offer = self._fleet.offers_of(ask.needs.model)[member.worker.id]
+        kind = "warm" if warm_tokens is not None else "ask" if of is None else "copy"
+        prompt = self._forecast.prompt_tokens(ask) if warm_tokens is None else warm_tokens
+        sizes = self._forecast.sizes(ask.needs.model)
+        flight = Flight(
+            ticket=ticket,
+            ask=ask,
+            member=member,
+            offer=offer,
+            sent=now,
+            prompt=prompt,
+            uncached=max(chosen.uncached, 1.0),
+            expected=member.backlog(offer, now)
+            + chosen.uncached / member.speeds_of(offer).prefill_tokens_per_second
+            + member.speeds_of(offer).seconds_per_token(member.load + 1),
+            output=1.0 if kind == "warm" else self._forecast.answer_tokens(ask),
+            kind=kind,
+            of=of,
+            paper=group.number if group else None,
+            prefix=len(group.blocks) * sizes.block_tokens() if group else 0.0,
+        )
+        self._flights[ticket] = flight
+        if group is not None:
+            self._papers[ticket] = group
+            self._batch.sent(group, member.worker.id)
+        if of is not None:
+            self._copies[of] = ticket
+        member.breaker = member.breaker.sent(ticket, now)
+        member.sent(flight)
+        if kind != "warm":
+            self._forecast.settle(ask, member.worker.id, prompt)
+        self._note_given(ask, flight.uncached + flight.output, now)
+        return Grant(
+            ticket,
+            member.worker,
+            chosen.choice,
+            model=offer.known_as,
+            warm_chars=None if warm_tokens is None else int(warm_tokens / sizes.tokens_per_char),
+            copy_of=of,
+        )
+
+    # The batch class
+
+    def _place_batch(
+        self, members: Iterable[Member], now: float, *, at_least_one: bool = False
+    ) -> list[Command]:
+        """`at_least_one`: batch has had less than its share, and gets one slot although people chat."""
+        commands: list[Command] = []
+        for service in self._batch.services():
+            able = self._fleet.able(*service, now).members
+            active = self._chats_are_active(service[0], now) and not at_least_one
+            allowed = {member.worker.id for member in able} if len(able) <= len(self._fleet) else set()
+            open_to: list[Member] = [
+                member
+                for member in members
+                if member.worker.id in allowed and self._planner.is_open(member, active=active)
+            ]
+            while open_to and self._batch.waits_for(service):
+                weights = [
+                    member.reliability**2
+                    * member.speeds_of(
+                        self._fleet.offers_of(service[0])[member.worker.id]
+                    ).prefill_tokens_per_second
+                    / (1 + member.load)
+                    for member in open_to
+                ]
+                member = open_to[draw(weights, self._chance.random())]
+                assignment = self._planner.work_for(member, service, now, active=active)
+                if assignment is None:
+                    open_to.remove(member)
+                    continue
+                commands.append(self._assign(assignment, member, weights, open_to, now))
+                if at_least_one:
+                    return commands
+                if not self._planner.is_open(member, active=active):
+                    open_to.remove(member)
+        return commands
+
+    def _assign(
+        self,
+        assignment: Assignment,
+        member: Member,
+        weights: Sequence[float],
+        open_to: Sequence[Member],
+        now: float,
+    ) -> Grant:
+        ask, ticket, warm = assignment.ask, assignment.ticket, assignment.warm_tokens
+        offer = self._fleet.offers_of(ask.needs.model)[member.worker.id]
+        cached = self._forecast.cached(ask, member, offer, None)
+        tokens = self._forecast.prompt_tokens(ask) if warm is None else warm
+        uncached = max(tokens - cached, 1.0)
+        candidates = tuple(
+            Candidate(worker_id=one.worker.id, scores={}, weight=weight)
+            for one, weight in islice(zip(open_to, weights, strict=True), LOOKS)
+        )
+        excluded = self._fleet.able(ask.needs.model, ask.needs.endpoint, now).excluded
+        choice = Choice(
+            worker_id=member.worker.id,
+            candidates=tuple(
+                replace(one, cached_tokens=int(cached)) if one.worker_id == member.worker.id else one
+                for one in candidates
+            ),
+            excluded=excluded,
+            because=assignment.because,
+        )
+        self._batch.turns.served(ask.client, uncached + (0.0 if warm else self._forecast.answer_tokens(ask)))
+        self._batch.leave(ticket)
+        chosen = _Chosen(member, choice, uncached, 0.0)
+        return self._launch(ticket, ask, chosen, now, group=assignment.group, warm_tokens=warm)
+
+    def _copy_stragglers(self, now: float) -> list[Command]:
+        """What runs alone at the end of a batch, once more on workers that have nothing to do."""
+        commands: list[Command] = []
+        services = {
+            (flight.ask.needs.model, flight.ask.needs.endpoint)
+            for flight in self._flights.values()
+            if not flight.is_interactive and flight.ask.replayable
+        }
+        for service in sorted(services):
+            stragglers = self._planner.stragglers(service, now)
+            if not stragglers:
+                continue
+            active = self._chats_are_active(service[0], now)
+            offers = self._fleet.offers_of(service[0])
+            for member in self._fleet.able(*service, now).members:
+                while self._planner.is_open(member, active=active):
+                    found = next(
+                        (
+                            flight
+                            for left, flight in stragglers
+                            if flight.ticket not in self._copies
+                            and self._planner.worth_copying(flight, left, member, offers[member.worker.id])
+                        ),
+                        None,
+                    )
+                    if found is None:
+                        break
+                    commands.append(self._copy(found, member, now))
+        return commands
+
+    def _copy(self, flight: Flight, member: Member, now: float) -> Grant:
+        ask = flight.ask
+        offer = self._fleet.offers_of(ask.needs.model)[member.worker.id]
+        uncached = self._forecast.prompt_tokens(ask) - self._forecast.cached(ask, member, offer, None)
+        choice = Choice(
+            worker_id=member.worker.id, candidates=(), because=f"a copy of what {flight.member.worker.id} has"
+        )
+        chosen = _Chosen(member, choice, uncached, 0.0)
+        ticket = Ticket(next(self._own_tickets))
+        return self._launch(ticket, ask, chosen, now, group=self._papers.get(flight.ticket), of=flight.ticket)
+
+    def _chats_are_active(self, model: ModelName, now: float) -> bool:
+        """People have asked for a model of late that is served where this one is."""
+        for chat, at in self._last_chat.items():
+            if now - at < self._policy.batch.active_seconds and (
+                chat == model or self._fleet.offers_of(chat).keys() & self._fleet.offers_of(model).keys()
+            ):
+                return True
+        return False
+
+    def _note_given(self, ask: Ask, tokens: float, now: float) -> None:
+        faded = 0.5 ** ((now - self._given_at) / FLOOR_HALF_LIFE_SECONDS)
+        for each in self._given:
+            self._given[each] *= faded
+        self._given_at = now
+        self._given[ask.service_class] += tokens
+
+    def _batch_is_starved(self, now: float) -> bool:
+        if not len(self._batch) or not len(self._line):
+            return False
+        total = sum(self._given.values())
+        return self._given[ServiceClass.BATCH] < self._policy.batch.floor * total
+
+    # Waiting and refusing
+
+    def _leave(self, ticket: Ticket) -> Ask | None:
+        return self._line.leave(ticket) or self._batch.leave(ticket) or self._plain_batch.leave(ticket)
+
+    def _tokens(self, ask: Ask) -> float:
+        return self._forecast.prompt_tokens(ask) + self._forecast.answer_tokens(ask)
 
     def _hopeless(self, ask: Ask, now: float) -> Refusal | None:
         """Nobody in the room serves it, and nobody is still expected to tell that they do."""
@@ -214,22 +849,34 @@ class Dispatcher:
 
     def _refuse_hopeless(self, now: float) -> list[Command]:
         commands: list[Command] = []
-        for needs in self._line.needs():
-            if self._fleet.serves(needs):
-                continue
-            for ticket in self._line.group(needs):
-                head = self._line.head(needs)
-                if head is None or (refusal := self._hopeless(head[1], now)) is None:
-                    break
-                commands.append(self._refuse(ticket, head[1], refusal, now))
-                self._line.leave(ticket)
+        for line in (self._line, self._plain_batch):
+            for needs in line.needs():
+                if not self._fleet.serves(needs):
+                    commands += self._refuse_all(line.group(needs), line.ask_of, now)
+        for service in self._batch.services():
+            if not self._fleet.serves(Needs(model=service[0], endpoint=service[1])):
+                commands += self._refuse_all(self._batch.tickets(service), self._batch.ask_of, now)
+        return commands
+
+    def _refuse_all(
+        self, tickets: Iterable[Ticket], ask_of: Callable[[Ticket], Ask], now: float
+    ) -> list[Command]:
+        commands: list[Command] = []
+        for ticket in tickets:
+            ask = ask_of(ticket)
+            refusal = self._hopeless(ask, now)
+            if refusal is None:
+                break
+            commands.append(self._refuse(ticket, ask, refusal, now))
+            self._leave(ticket)
         return commands
 
     def _refuse_overdue(self, now: float) -> list[Command]:
         commands: list[Command] = []
-        for ticket, ask in self._line.overdue(now):
-            commands.append(self._refuse(ticket, ask, Refusal.WAITED_TOO_LONG, now))
-            self._line.leave(ticket)
+        for line in (self._line, self._batch, self._plain_batch):
+            for ticket in line.overdue(now):
+                commands.append(self._refuse(ticket, line.ask_of(ticket), Refusal.WAITED_TOO_LONG, now))
+                self._leave(ticket)
         return commands
 
     def _refuse(self, ticket: Ticket, ask: Ask, refusal: Refusal, now: float) -> Refuse:
@@ -237,36 +884,34 @@ class Dispatcher:
             ticket=ticket,
             refusal=refusal,
             models=tuple(self._fleet.models()),
-            retry_after=self._retry_after(now),
+            retry_after=self._retry_after(ask, refusal, now),
             detail=self._fleet.condition_of(ask.needs, now)
             or "; ".join(f"{member.worker.id}: {member.unfit(now)}" for member in self._fleet.reticent),
         )
 
-    def _retry_after(self, now: float) -> float:
-        """When the present line will have been worked off, at the room's measured pace."""
-        ready = [member for member in self._fleet if member.unfit(now) is None]
+    def _retry_after(self, ask: Ask, refusal: Refusal, now: float) -> float:
+        """When the present line will have been worked off, at the room's measured pace; of who would have
+        waited too long, when the line will be short enough."""
+        wait = self._wait(len(self._line) + 1, list(self._fleet), now)
+        if wait is None:
+            wait = GUESSED_SECONDS
+        if refusal is Refusal.WOULD_WAIT_TOO_LONG:
+            wait = self._expected_wait(ask, now) - (ask.deadline - now)
+        return min(max(wait, LEAST_RETRY_AFTER), LONGEST_RETRY_AFTER)
+
+    def _expected_wait(self, ask: Ask, now: float) -> float:
+        """Seconds until it would be this ask's turn; 0 while too little is known to say."""
+        ahead = self._line.count(ask.needs) + 1
+        return self._wait(ahead, self._fleet.allowed(ask.needs, now)[0], now) or 0.0
+
+    def _wait(self, requests: int, members: Sequence[Member], now: float) -> float | None:
+        """In which so many requests will have been taken in, at the pace of these workers."""
+        ready = [member for member in members if member.unfit(now) is None]
         slots = sum(member.slots for member in ready)
         averages = [seconds for member in ready if (seconds := member.window.average_seconds) is not None]
-        seconds = sum(averages) / len(averages) if averages else GUESSED_SECONDS
-        rounds = (len(self._line) + 1) / slots if slots else 1.0
-        return min(max(rounds * seconds, LEAST_RETRY_AFTER), LONGEST_RETRY_AFTER)
-
-
-def _standings(members: tuple[Member, ...], now: float) -> dict[WorkerId, Standing]:
-    for member in members:
-        member.window.fade(now)
-    averages = [seconds for member in members if (seconds := member.window.average_seconds) is not None]
-    best = min(averages, default=None)
-    return {
-        member.worker.id: Standing(
-            running=len(member.running),
-            slots=member.slots,
-            success_rate=member.window.success_rate,
-            average_seconds=member.window.average_seconds,
-            best_average_seconds=best,
-        )
-        for member in members
-    }
+        if not averages or not slots:
+            return None
+        return requests / slots * sum(averages) / len(averages)
 
 
 def _view(member: Member, now: float) -> WorkerView:
@@ -278,6 +923,7 @@ def _view(member: Member, now: float) -> WorkerView:
         state, detail = "unknown", "not heard of yet"
     else:
         state, detail = condition.state, condition.detail
+    speeds = next((one for one in member.speeds.values() if one.answers), None)
     return WorkerView(
         worker=member.worker,
         state=state,
@@ -288,6 +934,8 @@ def _view(member: Member, now: float) -> WorkerView:
         models=tuple(offer.name for offer in member.offers),
         success_rate=member.window.success_rate,
         average_seconds=member.window.average_seconds,
+        prefill_tokens_per_second=speeds.prefill_tokens_per_second if speeds else None,
+        tokens_per_second=1 / speeds.seconds_per_token(1) if speeds else None,
         engine=condition.engine if condition else "",
         hardware=condition.hardware if condition else "",
         advice=condition.advice if condition else (),

@@ -1,9 +1,13 @@
-"""What is learned of a worker from the attempts that end on it: a rolling window. Pure."""
+"""What is learned of workers and models from the attempts that pass: success and time in a rolling window,
+speeds, sizes, limits, and what an engine remembers. Pure."""
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from balancer.core.model import BLOCK_CHARS, Ask, Prompt, ServiceClass
 
 WINDOW_SECONDS = 300.0
 WINDOW_LENGTH = 100
@@ -49,3 +53,199 @@ class Window:
             self._good -= 1
             # The running sum gathers rounding errors; it starts afresh whenever it can.
             self._good_seconds = self._good_seconds - seconds if self._good else 0.0
+
+
+# How fast a worker reads and writes with one model.
+
+PREFILL_SAMPLE_TOKENS = 256
+"""A shorter prompt says little of the reading speed: the fixed costs of a request hide it."""
+NEW_AFTER_ANSWERS = 3
+"""A worker with fewer answers to its name is new: what is known of it is a prior."""
+
+
+@dataclass(slots=True)
+class Speeds:
+    """What was learned of one model on one worker (ROUTING 2, "Learning"). Everything decays, by being
+    outweighed: a machine that throttles is noticed within a few answers."""
+
+    prefill_tokens_per_second: float
+    _sums: list[float]
+    """Of the decayed least squares of seconds per token over streams: 1, n, t, n * n, n * t."""
+    prefill_samples: int = 0
+    answers: int = 0
+
+    @classmethod
+    def prior(cls, prefill_tokens_per_second: float, seconds_per_token: float) -> Speeds:
+        """Alone it writes a token in so many seconds; eight at once are taken to need 2.5 times as long."""
+        speeds = cls(prefill_tokens_per_second, [0.0] * 5)
+        speeds._add(1, seconds_per_token, 0.5)
+        speeds._add(8, 2.5 * seconds_per_token, 0.5)
+        return speeds
+
+    def seconds_per_token(self, streams: float) -> float:
+        """Of each stream, when so many are written at once."""
+        weight, sum_n, sum_t, sum_nn, sum_nt = self._sums
+        mean_t, mean_n = sum_t / weight, sum_n / weight
+        variance = sum_nn / weight - mean_n * mean_n
+        # Where it was always seen with about as many: a slope such as batching engines have.
+        known = variance > 0.05
+        slope = (sum_nt / weight - mean_n * mean_t) / variance if known else mean_t / (mean_n + 4)
+        slope = min(max(slope, 0.0), mean_t / max(mean_n, 1.0))
+        return max(mean_t + slope * (streams - mean_n), 0.25 * mean_t)
+
+    def read(self, tokens: float, seconds: float) -> None:
+        """So many tokens of a prompt, none of them cached, were read in that time."""
+        if tokens < PREFILL_SAMPLE_TOKENS:
+            return
+        ratio = tokens / max(seconds, 1e-3) / self.prefill_tokens_per_second
+        self.prefill_samples += 1
+        if self.prefill_samples <= NEW_AFTER_ANSWERS:
+            self.prefill_tokens_per_second *= ratio ** (1 / self.prefill_samples)
+        else:
+            self.prefill_tokens_per_second *= min(max(ratio, 0.6), 1.6) ** 0.3
+
+    def wrote(self, streams: float, seconds_per_token: float, share: float = 1.0) -> None:
+        """A stream got its tokens at that pace, beside others. `share` of a whole answer that was seen."""
+        keep = 1 - 0.1 * share
+        if self.answers < NEW_AFTER_ANSWERS and share == 1.0:
+            keep = 0.3  # of the prior: what is seen soon outweighs it
+        self._sums = [keep * value for value in self._sums]
+        self._add(streams, max(seconds_per_token, 1e-6), share)
+        if share == 1.0:
+            self.answers += 1
+
+    def _add(self, streams: float, seconds: float, weight: float) -> None:
+        for index, value in enumerate((1.0, streams, seconds, streams * streams, streams * seconds)):
+            self._sums[index] += weight * value
+
+
+PRIORS: tuple[tuple[str, str, float, float], ...] = (
+    ("vllm", "", 4000.0, 0.015),
+    ("mlx", "ultra", 900.0, 0.012),
+    ("mlx", "max", 600.0, 0.018),
+    ("mlx", "", 300.0, 0.035),
+    ("llama.cpp", "nvidia", 2500.0, 0.015),
+    ("llama.cpp", "apple", 300.0, 0.04),
+    ("llama.cpp", "", 60.0, 0.1),
+)
+"""Engine, a word of the hardware, prefill tokens/s and seconds per token of an 8B-class model at 4 bit: the
+published measurements that the routing study rests on, rounded. Only the first answers depend on them."""
+UNKNOWN_PRIOR = (400.0, 0.04)
+
+
+def prior(engine: str, hardware: str) -> Speeds:
+    """What to expect of a worker that has answered nothing yet."""
+    hardware = hardware.lower()
+    for its_engine, word, prefill, seconds in PRIORS:
+        if its_engine == engine and word in hardware:
+            return Speeds.prior(prefill, seconds)
+    return Speeds.prior(*UNKNOWN_PRIOR)
+
+
+# How long prompts and answers are.
+
+TOKENS_PER_CHAR = 0.25
+"""Of English text with today's tokenizers, until a model's own ratio was seen."""
+EXPECTED_ANSWER_TOKENS = 256.0
+
+
+@dataclass(slots=True)
+class Sizes:
+    """What was learned of one model's token counts, whoever serves it."""
+
+    tokens_per_char: float = TOKENS_PER_CHAR
+    _answers: dict[ServiceClass, float] = field(default_factory=dict)
+
+    def prompt_tokens(self, prompt: Prompt) -> float:
+        tokens = prompt.tokens if prompt.tokens is not None else prompt.chars * self.tokens_per_char
+        return max(float(tokens), 1.0)
+
+    def answer_tokens(self, ask: Ask) -> float:
+        """As many as answers of its class have had of late, and never more than it allows."""
+        expected = self._answers.get(ask.service_class, EXPECTED_ANSWER_TOKENS)
+        return min(expected, float(ask.max_output)) if ask.max_output is not None else expected
+
+    def block_tokens(self) -> float:
+        return BLOCK_CHARS * self.tokens_per_char
+
+    def counted(self, ask: Ask, prompt_tokens: int | None, output_tokens: int | None) -> None:
+        """An answer came with its token counts."""
+        if prompt_tokens and ask.prompt.tokens is None and ask.prompt.chars > BLOCK_CHARS:
+            ratio = min(max(prompt_tokens / ask.prompt.chars, 0.02), 2.0)
+            self.tokens_per_char += 0.1 * (ratio - self.tokens_per_char)
+        if output_tokens:
+            known = self._answers.get(ask.service_class, EXPECTED_ANSWER_TOKENS)
+            self._answers[ask.service_class] = known + 0.05 * (output_tokens - known)
+
+
+# What a worker remembers.
+
+
+class Remembered:
+    """The blocks of prompts that a worker's engine is thought to hold, the least recently used forgotten
+    first, and of one prompt the last ones first: so what is held of a prompt is always its beginning."""
+
+    __slots__ = ("_blocks",)
+
+    def __init__(self) -> None:
+        self._blocks: OrderedDict[int, None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def depth(self, blocks: Sequence[int]) -> int:
+        """How many of these blocks, from the first on, it holds."""
+        held = self._blocks
+        if not blocks or blocks[0] not in held:
+            return 0
+        low, high = 1, len(blocks)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if blocks[middle - 1] in held:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def hold(self, blocks: Sequence[int], at_most: int) -> None:
+        """These were computed just now; `at_most` so many blocks fit in all."""
+        held = self._blocks
+        for block in reversed(blocks[:at_most]):
+            held[block] = None
+            held.move_to_end(block)
+        while len(held) > at_most:
+            held.popitem(last=False)
+
+    def drop(self, blocks: Sequence[int]) -> None:
+        """Nobody will ask for these again."""
+        for block in blocks:
+            self._blocks.pop(block, None)
+
+    def clear(self) -> None:
+        self._blocks.clear()
+
+
+# How much a worker takes at once, where neither it nor its configuration says so.
+
+FIRST_LIMIT = 4.0
+HIGHEST_LIMIT = 256.0
+
+
+@dataclass(slots=True)
+class LearnedLimit:
+    """Additive increase, multiplicative decrease on lateness (ROUTING 2, "Limits")."""
+
+    value: float = FIRST_LIMIT
+    _doubling: bool = True
+    _settling: int = 0
+    """So many more first tokens come from what was sent before the last decrease."""
+
+    def began(self, *, seconds: float, expected: float, running: int) -> None:
+        """A first token came after so many seconds, `running` requests being on the worker."""
+        if seconds > 2 * expected + 1 and running > 1:
+            self.value, self._doubling, self._settling = max(1.0, 0.9 * self.value), False, running
+        elif self._settling:
+            self._settling -= 1
+        elif running >= int(self.value) - 1:
+            step = max(1.0, self.value / 4) if self._doubling else 0.5
+            self.value = min(self.value + step, HIGHEST_LIMIT)

@@ -1,24 +1,112 @@
-"""Which workers exist, how they are, and who may be given an ask. Pure.
+"""Which workers exist, how they are, what runs on them, and who may be given an ask. Pure.
 
 The dispatcher owns one `Fleet` and is the only one to change it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
+from typing import NamedTuple
 
-from balancer.core.breaker import Breaker, BreakerPolicy
-from balancer.core.estimates import Window
-from balancer.core.model import Condition, ModelName, ModelOffer, Needs, Ticket, Worker, WorkerId
-
-DEFAULT_SLOTS = 4
-"""Where neither the worker nor its configuration says how much it takes at once (ROUTING 2, "Limits")."""
+from balancer.core.breaker import Breaker, BreakerPolicy, Phase
+from balancer.core.estimates import (
+    NEW_AFTER_ANSWERS,
+    LearnedLimit,
+    Remembered,
+    Speeds,
+    Window,
+    prior,
+)
+from balancer.core.model import (
+    Ask,
+    Condition,
+    Endpoint,
+    ModelName,
+    ModelOffer,
+    Needs,
+    ServiceClass,
+    Ticket,
+    Worker,
+    WorkerId,
+)
 
 FAILED_BEFORE = "failed this request before"
+ASKED_FOR_REST = "asked to be left alone for a while"
+
+REMEMBERED_TOKENS = 64_000
+"""How much of earlier prompts a worker is taken to remember while it does not say."""
+ANSWER_ROOM_TOKENS = 300
+"""Memory for an answer, when it is checked whether a request fits beside the others."""
+MEMORY_SHARE = 0.95
+"""Of a worker's memory; the rest is for answers that grow longer than that."""
+RELIABILITY_STEP = 0.2
+LEAST_RELIABILITY = 0.01
+"""So that a weight is never zero."""
+SLOW_START_SHARE = 1 / 8
+SLOW_START_GROWTH = 1.5
+"""After a failure a worker gets an eighth of its slots, half as many more with each answer (ROUTING 2)."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, kw_only=True)
+class Flight:
+    """One ask on one worker."""
+
+    ticket: Ticket
+    ask: Ask
+    member: Member
+    offer: ModelOffer
+    sent: float
+    prompt: float
+    """Tokens of what was sent."""
+    uncached: float
+    """Of these, how many the engine is expected to have to compute."""
+    expected: float
+    """Seconds until the first token."""
+    output: float
+    """Tokens of the answer, as expected."""
+    kind: str = "ask"
+    """`ask`, `copy` (a second attempt at one that runs elsewhere), `warm` (a part of the prompt, for the
+    engine to remember) or `probe`."""
+    of: Ticket | None = None
+    """Of a copy: the first attempt."""
+    paper: int | None = None
+    """The number of its group, for a prompt of a batch."""
+    prefix: float = 0.0
+    """Tokens that it has in common with its group."""
+    streams: int = 1
+    """On the worker at its start, itself included."""
+    first: float | None = None
+    tokens: int = 0
+    """That have come until `grew`."""
+    grew: float = 0.0
+
+    @property
+    def is_interactive(self) -> bool:
+        return self.ask.service_class is ServiceClass.INTERACTIVE
+
+
+class Line(NamedTuple):
+    """What an ask is expected to cost on one worker with one model, as a function of its tokens and the time:
+
+    fixed + per_uncached * u + per_output * o + what is left of the backlog, and of the wait for room.
+    """
+
+    fixed: float
+    per_uncached: float
+    per_output: float
+    backlog_ends: float
+    backlog_least: float
+    free_at: float
+    """When the first of those that run is expected to end."""
+    token_seconds: float
+    full: bool
+    explored: bool
+    """Enough is known of it to believe this."""
+
+
+@dataclass(slots=True, eq=False)
 class Member:
     """One worker of the room and all that is known of it."""
 
@@ -33,26 +121,115 @@ class Member:
     held_until: float = 0.0
     """It asked not to be asked before then (Retry-After)."""
     window: Window = field(default_factory=Window)
-    running: set[Ticket] = field(default_factory=set)
+    running: dict[Ticket, Flight] = field(default_factory=dict)
+    pending: dict[Ticket, Flight] = field(default_factory=dict)
+    """Those of them whose first token has not come, in the order in which they were sent."""
+    chats: int = 0
+    """Those of them of class interactive."""
+    external: int = 0
+    """Requests that it holds and that did not come from here."""
+    reliability: float = 1.0
+    """Of late, 0 to 1: exponentially decayed share of good attempts."""
+    caution: float = 1.0
+    """The share of its slots that it may get; less than 1 after a failure."""
+    learned_limit: LearnedLimit | None = None
+    speeds: dict[ModelName, Speeds] = field(default_factory=dict)
+    """By what the worker calls the model."""
+    remembers: dict[ModelName, Remembered] = field(default_factory=dict)
+    memory_held: float = 0.0
+    """Tokens that its requests hold in its memory, a prefix that several share counted once."""
+    papers_in_use: dict[int, int] = field(default_factory=dict)
+    """How many of its requests hold the prefix of which group."""
+    last_byte: float = -inf
+    last_first: float = -inf
+    last_picked: float = -inf
+    calibrated: set[ModelName] = field(default_factory=set)
+    _lines: dict[ModelName, Line] = field(default_factory=dict)
+
+    # What it offers
+
+    @property
+    def offers(self) -> tuple[ModelOffer, ...]:
+        """What it serves: the models it is configured for, else all that it reports, each under its own
+        name and under its aliases."""
+        reported = self.condition.models if self.condition else ()
+        if self.worker.only:
+            known = {offer.name: offer for offer in reported}
+            derived = [one for one in reported if one.known_as in self.worker.only]
+            own = [known.get(name, ModelOffer(name=name)) for name in sorted(self.worker.only)]
+            reported = (*own, *(one for one in derived if one.name not in self.worker.only))
+        if not self.worker.aliases:
+            return reported
+        by_name = {offer.name: offer for offer in reported}
+        public = {
+            alias: replace(by_name[own], name=alias, known_as=by_name[own].known_as or own)
+            for alias, own in self.worker.aliases
+            if own in by_name
+        }
+        return (*(offer for offer in reported if offer.name not in public), *public.values())
+
+    def offer(self, model: ModelName) -> ModelOffer:
+        return next((one for one in self.offers if one.name == model), ModelOffer(name=model))
+
+    def speeds_of(self, offer: ModelOffer) -> Speeds:
+        name = offer.known_as or offer.name
+        speeds = self.speeds.get(name)
+        if speeds is None:
+            condition = self.condition
+            speeds = prior(condition.engine, condition.hardware) if condition else prior("", "")
+            self.speeds[name] = speeds
+        return speeds
+
+    def remembered(self, offer: ModelOffer) -> Remembered:
+        return self.remembers.setdefault(offer.known_as or offer.name, Remembered())
+
+    @property
+    def shares_prefixes(self) -> bool:
+        return self.condition is not None and self.condition.shares_prefixes
+
+    def cache_tokens(self, offer: ModelOffer) -> float:
+        """Of earlier prompts, what it can remember beside what runs."""
+        if offer.memory_tokens is not None:
+            return max(offer.memory_tokens - ANSWER_ROOM_TOKENS * len(self.running), 0)
+        return float(REMEMBERED_TOKENS if offer.cache_tokens is None else offer.cache_tokens)
+
+    @property
+    def calibrates(self) -> bool:
+        return self.condition is not None and self.condition.calibrates
+
+    # How much it takes
 
     @property
     def slots(self) -> int:
         own = self.condition.slots if self.condition else None
-        told = [limit for limit in (self.worker.cap, own) if limit is not None]
-        return max(min(told, default=DEFAULT_SLOTS), 1)
+        base = int(self.limit.value) if own is None else own
+        if self.worker.cap is not None:
+            base = min(base, self.worker.cap)
+        return max(int(base * self.caution), 1)
+
+    @property
+    def limit(self) -> LearnedLimit:
+        """Learned, where the worker does not say; its cap is where it starts."""
+        if self.learned_limit is None:
+            cap = self.worker.cap
+            self.learned_limit = LearnedLimit() if cap is None else LearnedLimit(float(cap))
+        return self.learned_limit
+
+    @property
+    def load(self) -> int:
+        return len(self.running) + self.external
 
     @property
     def room(self) -> int:
-        return self.slots - len(self.running)
+        return self.slots - self.load
 
-    @property
-    def offers(self) -> tuple[ModelOffer, ...]:
-        """What it serves: the models it is configured for, else all that it reports."""
-        reported = self.condition.models if self.condition else ()
-        if not self.worker.only:
-            return reported
-        known = {offer.name: offer for offer in reported}
-        return tuple(known.get(name, ModelOffer(name=name)) for name in sorted(self.worker.only))
+    def fits(
+        self, offer: ModelOffer, prompt: float, shared: float = 0.0, share: float = MEMORY_SHARE
+    ) -> bool:
+        """There is memory for such a prompt, `shared` tokens of which are held already by what runs."""
+        if offer.memory_tokens is None or not self.running:
+            return True
+        return self.memory_held + prompt + ANSWER_ROOM_TOKENS - shared <= share * offer.memory_tokens
 
     def unfit(self, now: float) -> str | None:
         """Why it can take nothing now, its breaker and its room apart; None: it can."""
@@ -63,16 +240,123 @@ class Member:
         if not self.condition.ready:
             return self.condition.state
         if now < self.held_until:
-            return "asked to be left alone for a while"
+            return ASKED_FOR_REST
         return None
+
+    # What it costs
+
+    def line(self, offer: ModelOffer, social: float, kappa: float) -> Line:
+        """ROUTING 2, "Estimate", with what does not depend on the ask put together. Kept until something
+        changes on the worker."""
+        line = self._lines.get(offer.name)
+        if line is None:
+            line = self._lines[offer.name] = self._make_line(offer, social, kappa)
+        return line
+
+    def _make_line(self, offer: ModelOffer, social: float, kappa: float) -> Line:
+        speeds = self.speeds_of(offer)
+        streams = self.load
+        token = speeds.seconds_per_token(streams + 1)
+        slower = max(token - speeds.seconds_per_token(streams), 0.0)
+        disturbed = social * kappa * self.chats
+        per_token = 1 / speeds.prefill_tokens_per_second
+        backlog_ends, backlog_least = -inf, 0.0
+        if self.pending:
+            flights = list(self.pending.values())
+            seconds = [one.uncached / self.speeds_of(one.offer).prefill_tokens_per_second for one in flights]
+            backlog_ends = max(flights[0].sent, self.last_first) + sum(seconds)
+            backlog_least = 0.1 * seconds[-1]
+        free_at = min(
+            (
+                (one.sent + one.expected if one.first is None else one.first) + one.output * token
+                for one in self.running.values()
+            ),
+            default=-inf,
+        )
+        loading = 0.0 if offer.loaded else offer.load_seconds
+        return Line(
+            fixed=token + loading,
+            per_uncached=per_token * (1 + disturbed),
+            per_output=kappa * token + disturbed * slower,
+            backlog_ends=backlog_ends,
+            backlog_least=backlog_least,
+            free_at=free_at,
+            token_seconds=token,
+            full=self.room <= 0,
+            explored=speeds.answers >= (1 if self.calibrates else NEW_AFTER_ANSWERS),
+        )
+
+    def backlog(self, offer: ModelOffer, now: float) -> float:
+        """Seconds until it has read all the prompts that it was sent."""
+        if not self.pending:
+            return 0.0
+        line = self.line(offer, 0.0, 0.0) if offer.name not in self._lines else self._lines[offer.name]
+        return max(line.backlog_ends - now, line.backlog_least)
+
+    def changed(self) -> None:
+        """What was computed from its state is to be computed anew."""
+        self._lines.clear()
+
+    # What happens on it
+
+    def sent(self, flight: Flight) -> None:
+        self.memory_held += flight.prompt + ANSWER_ROOM_TOKENS - self._held_by_others(flight)
+        self.running[flight.ticket] = flight
+        self.pending[flight.ticket] = flight
+        self.chats += flight.is_interactive and flight.kind == "ask"
+        flight.streams = self.load
+        if flight.paper is not None:
+            self.papers_in_use[flight.paper] = self.papers_in_use.get(flight.paper, 0) + 1
+        if len(self.running) == 1:
+            self.last_byte = flight.sent
+        self.last_picked = flight.sent
+        self.changed()
+
+    def gave_back(self, flight: Flight) -> None:
+        if self.running.pop(flight.ticket, None) is None:
+            return
+        self.pending.pop(flight.ticket, None)
+        self.chats -= flight.is_interactive and flight.kind == "ask"
+        if flight.paper is not None:
+            self.papers_in_use[flight.paper] -= 1
+            if not self.papers_in_use[flight.paper]:
+                del self.papers_in_use[flight.paper]
+        self.memory_held -= flight.prompt + ANSWER_ROOM_TOKENS - self._held_by_others(flight)
+        if not self.running:
+            self.memory_held = 0.0  # what a group has in common may have become less meanwhile
+        self.changed()
+
+    def _held_by_others(self, flight: Flight) -> float:
+        """Tokens of its prefix that do not count for it."""
+        return flight.prefix if self.shares_prefixes and flight.paper in self.papers_in_use else 0.0
+
+    def failed(self) -> None:
+        """An attempt said that something is wrong with it."""
+        self.reliability = max(self.reliability * (1 - RELIABILITY_STEP), LEAST_RELIABILITY)
+
+    def answered(self) -> None:
+        self.reliability += RELIABILITY_STEP * (1 - self.reliability)
+        if self.caution < 1.0:
+            self.caution = min(1.0, self.caution * SLOW_START_GROWTH)
+            self.changed()
+
+    def starts_slowly(self) -> None:
+        """It was away: what it remembered is gone, and it shows first that it is well."""
+        self.caution = SLOW_START_SHARE
+        self.remembers.clear()
+        self.changed()
 
 
 @dataclass(frozen=True, slots=True)
-class Eligible:
-    """Who may be given an ask now, and why each other one that serves the model may not."""
+class Able:
+    """Who serves something and is well, room apart; and why each other one that serves it may not."""
 
     members: tuple[Member, ...]
     excluded: Mapping[WorkerId, str]
+    until: float
+    """When time alone may change this."""
+    tripped: bool
+    """Every breaker is open: better a doubtful worker than none (RELIABILITY D6, fail open)."""
 
 
 class Fleet:
@@ -80,8 +364,9 @@ class Fleet:
         self._breaker = breaker
         self._members: dict[WorkerId, Member] = {}
         self._by_model: dict[ModelName, dict[WorkerId, ModelOffer]] = {}
-        self._departed: dict[WorkerId, set[Ticket]] = {}
-        """What still runs on workers that left: should one come back, these count against its slots."""
+        self._departed: dict[WorkerId, Member] = {}
+        """Workers that left while something ran on them: should one come back, that counts."""
+        self._able: dict[tuple[ModelName, Endpoint], Able] = {}
 
     def __iter__(self) -> Iterator[Member]:
         return iter(self._members.values())
@@ -96,21 +381,27 @@ class Fleet:
         """A new worker, or a new description of one: what was learned of it stays unless it moved."""
         member = self._members.get(worker.id)
         if member is None:
-            running = self._departed.pop(worker.id, set())
-            self._members[worker.id] = Member(worker, Breaker(self._breaker), running=running)
+            departed = self._departed.pop(worker.id, None)
+            member = Member(worker, Breaker(self._breaker))
+            if departed is not None:
+                _move_flights(departed, member)
+            self._members[worker.id] = member
         elif member.worker.url != worker.url or member.worker.type != worker.type:
             # Another address is another process, and possibly another machine: what was measured is void.
             # What it serves stays known until it is heard of again, lest those who wait for it be turned
             # away; what runs stays counted, since it is given back by worker id.
-            self._members[worker.id] = Member(
+            moved = Member(
                 worker,
                 Breaker(self._breaker),
                 condition=member.condition,
                 lost="not heard of yet at its new address",
                 heard=member.heard,
-                running=member.running,
             )
+            _move_flights(member, moved)
+            self._members[worker.id] = moved
         else:
+            if member.worker.cap != worker.cap:
+                member.learned_limit = None
             member.worker = worker
         self._index(worker.id)
 
@@ -119,32 +410,55 @@ class Fleet:
         if member is not None:
             self._index(worker_id)
             if member.running:
-                self._departed[worker_id] = member.running
+                self._departed[worker_id] = member
 
-    def gave_back(self, member: Member, ticket: Ticket) -> None:
-        member.running.discard(ticket)
-        if not member.running:
-            self._departed.pop(member.worker.id, None)
+    def gave_back(self, flight: Flight) -> None:
+        member = flight.member
+        member.gave_back(flight)
+        if not member.running and self._departed.get(member.worker.id) is member:
+            del self._departed[member.worker.id]
 
     def reported(self, worker_id: WorkerId, condition: Condition, now: float) -> None:
         member = self._members.get(worker_id)
         if member is None:
             return
+        before = member.condition
         if member.lost is not None:
             member.breaker = member.breaker.returned(now)
-        if not condition.ready and not condition.models and member.condition is not None:
+            if before is not None and before.ready:
+                member.starts_slowly()
+        if not condition.ready and not condition.models and before is not None:
             # It loads, and says no more: what it served it will most likely serve again.
-            condition = replace(condition, models=member.condition.models)
-        offers_changed = member.condition is None or member.condition.models != condition.models
+            condition = replace(condition, models=before.models)
+        if before is not None and before.ready and not condition.ready:
+            member.starts_slowly()  # its engine starts anew
+        was_lost = member.lost is not None
         member.condition, member.lost, member.heard = condition, None, True
-        if offers_changed:
+        external = 0
+        if condition.running is not None:
+            # Reports lag: what was sent or has ended within the last second may be counted or not.
+            external = max(0, condition.running - len(member.running) - 1)
+        if external != member.external:
+            member.external = external
+            member.changed()
+        if before is None or before.models != condition.models:
+            member.changed()
             self._index(worker_id)
+        elif was_lost or before.ready != condition.ready:
+            self.forget_able()
+        if before is not None and before.slots != condition.slots:
+            member.changed()
 
     def lost(self, worker_id: WorkerId, reason: str) -> Member | None:
         member = self._members.get(worker_id)
         if member is not None:
             member.lost, member.heard = reason, True
+            self.forget_able()
         return member
+
+    def forget_able(self) -> None:
+        """Somebody's health has changed."""
+        self._able.clear()
 
     @property
     def all_heard(self) -> bool:
@@ -165,6 +479,9 @@ class Fleet:
         """Each model that is served, by name, with one offer per worker that serves it."""
         return {name: tuple(offers.values()) for name, offers in sorted(self._by_model.items())}
 
+    def offers_of(self, model: ModelName) -> Mapping[WorkerId, ModelOffer]:
+        return self._by_model.get(model, {})
+
     def serves(self, needs: Needs) -> bool:
         """Somebody in the room does what is needed, if not at this moment."""
         return any(
@@ -174,45 +491,62 @@ class Fleet:
     def knows(self, model: ModelName) -> bool:
         return model in self._by_model
 
-    def eligible(self, needs: Needs, now: float) -> Eligible:
-        """The filters, in the order in which their reasons tell most."""
+    def able(self, model: ModelName, endpoint: Endpoint, now: float) -> Able:
+        """Who serves this and is well. Found once, and kept until something or the time changes it."""
+        able = self._able.get((model, endpoint))
+        if able is None or now >= able.until:
+            able = self._able[model, endpoint] = self._find_able(model, endpoint, now)
+        return able
+
+    def _find_able(self, model: ModelName, endpoint: Endpoint, now: float) -> Able:
         excluded: dict[WorkerId, str] = {}
+        until = inf
+        alive: list[Member] = []
+        for member in self._serving(model, endpoint):
+            reason = member.unfit(now)
+            if reason is None:
+                alive.append(member)
+            else:
+                excluded[member.worker.id] = reason
+                if now < member.held_until:
+                    until = min(until, member.held_until)
+        well = [member for member in alive if member.breaker.phase is Phase.CLOSED]
+        for member in alive if well else ():
+            if member.breaker.phase is not Phase.CLOSED:
+                excluded[member.worker.id] = f"breaker {member.breaker.phase}"
+        return Able(tuple(well or alive), excluded, until, tripped=bool(alive) and not well)
 
-        def keep(members: list[Member], fault: Callable[[Member], str | None]) -> list[Member]:
-            kept = []
-            for member in members:
-                reason = fault(member)
-                if reason is None:
-                    kept.append(member)
-                else:
-                    excluded[member.worker.id] = reason
-            return kept
-
-        alive = keep(self._able(needs), lambda member: member.unfit(now))
-        # Where every breaker is open: better a doubtful worker than none (RELIABILITY D6, fail open).
-        if any(member.breaker.admits(now) for member in alive):
-            alive = keep(alive, lambda member: _tripped(member, now))
-        # Those who failed it before are asked again only where no other is well, were it only busy.
-        if any(member.worker.id not in needs.avoid for member in alive):
-            alive = keep(alive, lambda member: FAILED_BEFORE if member.worker.id in needs.avoid else None)
-        return Eligible(tuple(keep(alive, lambda member: None if member.room > 0 else "no room")), excluded)
+    def allowed(self, needs: Needs, now: float) -> tuple[Sequence[Member], Mapping[WorkerId, str]]:
+        """Who may be given an ask now, room apart. Those who failed it before are asked again only where no
+        other is well, were it only busy."""
+        able = self.able(needs.model, needs.endpoint, now)
+        if not needs.avoid:
+            return able.members, able.excluded
+        others = [member for member in able.members if member.worker.id not in needs.avoid]
+        if not others:
+            return able.members, able.excluded
+        failed = {
+            member.worker.id: FAILED_BEFORE for member in able.members if member.worker.id in needs.avoid
+        }
+        return others, {**able.excluded, **failed}
 
     def condition_of(self, needs: Needs, now: float) -> str:
         """For people: how the workers that serve this are, `studio: loading; mini: connection refused`."""
         told = []
-        for member in self._able(needs):
+        for member in self._serving(needs.model, needs.endpoint):
             reason = member.unfit(now) or ("busy" if member.room <= 0 else f"breaker {member.breaker.phase}")
             told.append(f"{member.worker.id}: {reason}")
         return "; ".join(told)
 
-    def _able(self, needs: Needs) -> list[Member]:
+    def _serving(self, model: ModelName, endpoint: Endpoint) -> list[Member]:
         return [
             self._members[worker_id]
-            for worker_id, offer in self._by_model.get(needs.model, {}).items()
-            if needs.endpoint in offer.endpoints
+            for worker_id, offer in self._by_model.get(model, {}).items()
+            if endpoint in offer.endpoints
         ]
 
     def _index(self, worker_id: WorkerId) -> None:
+        self.forget_able()
         for name in [name for name, offers in self._by_model.items() if worker_id in offers]:
             del self._by_model[name][worker_id]
             if not self._by_model[name]:
@@ -222,5 +556,9 @@ class Fleet:
                 self._by_model.setdefault(offer.name, {})[worker_id] = offer
 
 
-def _tripped(member: Member, now: float) -> str | None:
-    return None if member.breaker.admits(now) else f"breaker {member.breaker.phase}"
+def _move_flights(old: Member, new: Member) -> None:
+    new.running, new.pending = old.running, old.pending
+    new.chats, new.memory_held, new.papers_in_use = old.chats, old.memory_held, old.papers_in_use
+    old.running, old.pending = {}, {}
+    for flight in new.running.values():
+        flight.member = new

@@ -133,6 +133,8 @@ class Condition:
     """How many requests it works on at once; None: it does not say."""
     running: int | None = None
     """Requests that it holds, whoever sent them; None: it does not say."""
+    calibrates: bool = False
+    """Its speeds may be measured with a prompt of our own when it is new: that costs nobody anything."""
     shares_prefixes: bool = False
     """A prefix that one request is using can serve another at the same time (vLLM); else only afterwards."""
     engine: str = ""
@@ -197,6 +199,9 @@ class Served:
     """As sent; 499 for a client that left (nginx's convention; nobody received it)."""
     error: str = ""
     """The error's code, for counting; empty: none."""
+    service_class: ServiceClass = ServiceClass.INTERACTIVE
+    warm_ups: int = 0
+    """How often a worker read a part of the prompt ahead. They are not among the attempts."""
 
 
 # What happens to the dispatcher ...
@@ -319,14 +324,17 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Find out whether this worker generates again: one token, and the ticket is `Ended` with the verdict.
-    Nobody's request is risked on a worker that failed."""
+    """Let this worker generate something that nobody asked for; the ticket is `Ended` with verdict and
+    measures. Nobody's request is risked on a worker that failed, or whose speeds are not known at all."""
 
     ticket: Ticket
     worker: Worker
     endpoint: Endpoint
     model: ModelName
     """As this worker calls it."""
+    prompt_tokens: int = 1
+    """About so long a prompt, of a text that it cannot have in a cache."""
+    output_tokens: int = 1
 
 
 class Refusal(Enum):

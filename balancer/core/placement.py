@@ -1,4 +1,4 @@
-"""Filter, score, pick: which worker gets an ask, and why. Pure; chance is an argument.
+"""Filter, estimate, score, pick: which worker gets an ask, and why. Pure; chance is an argument.
 
 The filters live in `fleet` (they say who may); this module says who should, and ends it with a weighted
 random pick. Random, since a room full of clients that all choose the best worker at the same moment makes
@@ -9,33 +9,101 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from itertools import accumulate
+from math import inf, prod
 
+from balancer.core.fleet import Line
 from balancer.core.model import Candidate, WorkerId
 from balancer.core.scorers import SCORERS, Standing
 
 
+class Combine(Enum):
+    """How the scores of a candidate become its weight."""
+
+    SUM = "sum"
+    """Each score times its weight, added up."""
+    PRODUCT = "product"
+    """Each score to the power of its weight, multiplied: a bad score can't be made good by others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """One way to choose."""
+
+    weights: Mapping[str, float]
+    """By scorer name."""
+    combine: Combine = Combine.SUM
+    estimates: bool = False
+    """It knows what an ask will cost on each worker: it may let one wait for a better worker than those
+    that have room, and plans batches as papers."""
+
+
+POLICIES: Mapping[str, Policy] = {
+    "expected_latency": Policy(
+        {"reliability": 2.0, "expected_latency": 8.0}, combine=Combine.PRODUCT, estimates=True
+    ),
+    "weighted_random": Policy({"availability": 0.4, "success_rate": 0.4, "response_time": 0.2}),
+    "least_loaded": Policy({"idleness": 1.0}),
+    "round_robin": Policy({"rest": 1.0}),
+}
+"""The policies by name, each with its default weights. In `expected_latency` the weight of the scorer of
+that name is the sharpness of ROUTING 2: 0 picks evenly, a large one always the best."""
+
+DEFAULT_POLICY = "expected_latency"
+
+
 @dataclass(frozen=True, slots=True)
 class PlacementPolicy:
-    """A name from POLICIES, and the weight of each scorer in it."""
+    """A name from POLICIES, the weight of each scorer in it, and the constants of the estimates."""
 
-    name: str = "weighted_random"
-    weights: Mapping[str, float] = field(default_factory=lambda: dict(POLICIES["weighted_random"]))
+    name: str = DEFAULT_POLICY
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """By scorer name; those left out are the policy's own."""
+    kappa: float = 0.3
+    """One second of an answer's writing counts as so many of waiting for it."""
+    social: float = 0.5
+    """The delay caused to a chat that runs there counts as so much of one's own."""
+    stick: float = 5.0
+    """Another worker must be so many times better than the home of a conversation."""
+    cut: float = 1.5
+    cut_seconds: float = 0.1
+    """Who would take longer than `cut` times the best, and so many seconds, is waited past."""
+
+    @property
+    def policy(self) -> Policy:
+        return POLICIES[self.name]
+
+    def effective_weights(self) -> Mapping[str, float]:
+        return {**self.policy.weights, **self.weights}
 
 
-POLICIES: Mapping[str, Mapping[str, float]] = {
-    "weighted_random": {"availability": 0.4, "success_rate": 0.4, "response_time": 0.2},
-}
-"""The policies by name, each with its default weights."""
+def expected_seconds(line: Line, uncached: float, output: float, now: float, *, full: bool) -> float:
+    """What an ask costs on a worker: the wait for room, the prompts before it, its own, its answer as far as
+    it counts, and the delay that it causes there (ROUTING 2, "Estimate")."""
+    seconds = line.fixed + line.per_uncached * uncached + line.per_output * output
+    if line.backlog_ends > now:
+        seconds += max(line.backlog_ends - now, line.backlog_least)
+    else:
+        seconds += line.backlog_least
+    if full:
+        seconds += max(line.free_at - now, line.token_seconds)
+    return seconds
 
 
-def rate(standings: Mapping[WorkerId, Standing], policy: PlacementPolicy) -> tuple[Candidate, ...]:
-    """Every candidate with its scores and its weight: the weighted sum of the scores."""
-    return tuple(
-        Candidate(worker_id=worker_id, scores=scores, weight=_weighted_sum(scores, policy.weights))
-        for worker_id, standing in standings.items()
-        for scores in [{name: SCORERS[name](standing) for name in policy.weights}]
-    )
+def rate(
+    standings: Mapping[WorkerId, Standing], weights: Mapping[str, float], combine: Combine = Combine.SUM
+) -> tuple[Candidate, ...]:
+    """Every candidate with its scores and its weight."""
+    rated = []
+    for worker_id, standing in standings.items():
+        scores = {name: SCORERS[name](standing) for name in weights}
+        if combine is Combine.SUM:
+            weight = sum(weights[name] * score for name, score in scores.items())
+        else:
+            weight = prod(score ** weights[name] for name, score in scores.items())
+        rated.append(Candidate(worker_id=worker_id, scores=scores, weight=weight))
+    return tuple(rated)
 
 
 def pick(candidates: Sequence[Candidate], chance: float) -> Candidate:
@@ -43,15 +111,16 @@ def pick(candidates: Sequence[Candidate], chance: float) -> Candidate:
 
     All weights zero (every scorer's weight was set to 0, say): each is equally likely.
     """
-    bounds = list(accumulate(candidate.weight for candidate in candidates))
-    if bounds[-1] <= 0:
-        return candidates[min(int(chance * len(candidates)), len(candidates) - 1)]
+    return candidates[draw([candidate.weight for candidate in candidates], chance)]
+
+
+def draw(weights: Sequence[float], chance: float) -> int:
+    """An index, each as likely as its share of all weights; all alike where they are all zero."""
+    bounds = list(accumulate(weights))
+    if not 0 < bounds[-1] < inf:
+        return min(int(chance * len(bounds)), len(bounds) - 1)
     aim = chance * bounds[-1]
-    for candidate, bound in zip(candidates, bounds, strict=True):
+    for index, bound in enumerate(bounds):
         if aim < bound:
-            return candidate
-    return candidates[-1]  # rounding: chance just below 1
-
-
-def _weighted_sum(scores: Mapping[str, float], weights: Mapping[str, float]) -> float:
-    return sum(weights[name] * score for name, score in scores.items())
+            return index
+    return len(bounds) - 1  # rounding: chance just below 1

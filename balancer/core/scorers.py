@@ -1,6 +1,6 @@
 """How good a candidate is, one thought each, from 0 to 1. Pure.
 
-To add one: a function here and a line in SCORERS; its weight is then a setting by that name.
+To add one: a function here and a line in SCORERS; a policy gives it a weight by that name.
 """
 
 from __future__ import annotations
@@ -19,6 +19,16 @@ class Standing:
     average_seconds: float | None
     best_average_seconds: float | None
     """The least of all candidates' averages; None: nobody has one yet."""
+    reliability: float = 1.0
+    expected_seconds: float = 1.0
+    """What the ask is expected to cost here (`placement.expected_seconds`)."""
+    least_expected_seconds: float = 1.0
+    """The least of all workers', also of those without room."""
+    least_load: float = 0.0
+    """The least share of slots in use, of all candidates."""
+    rested_seconds: float = 0.0
+    """Since it was picked last."""
+    longest_rest_seconds: float = 0.0
 
 
 Scorer = Callable[[Standing], float]
@@ -30,7 +40,7 @@ def availability(standing: Standing) -> float:
 
 
 def success_rate(standing: Standing) -> float:
-    """The share of its recent attempts that were answered well."""
+    """The share of its recent attempts that were answered well, in a rolling window."""
     return standing.success_rate
 
 
@@ -42,8 +52,34 @@ def response_time(standing: Standing) -> float:
     return best / own
 
 
+def reliability(standing: Standing) -> float:
+    """The share of its attempts that were answered well, the last ones counting most."""
+    return standing.reliability
+
+
+def expected_latency(standing: Standing) -> float:
+    """How what the ask will cost here compares with the best of all workers."""
+    if standing.expected_seconds <= standing.least_expected_seconds:
+        return 1.0
+    return standing.least_expected_seconds / standing.expected_seconds
+
+
+def idleness(standing: Standing) -> float:
+    """1 for those with the least share of their slots in use, 0 for others."""
+    return float(standing.running / standing.slots <= standing.least_load)
+
+
+def rest(standing: Standing) -> float:
+    """1 for the one that was picked longest ago, 0 for others."""
+    return float(standing.rested_seconds >= standing.longest_rest_seconds)
+
+
 SCORERS: Mapping[str, Scorer] = {
     "availability": availability,
     "success_rate": success_rate,
     "response_time": response_time,
+    "reliability": reliability,
+    "expected_latency": expected_latency,
+    "idleness": idleness,
+    "rest": rest,
 }

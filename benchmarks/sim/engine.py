@@ -83,6 +83,8 @@ class Generation:
     chunk_seconds: float = 0.0
     """What each of these steps costs beside the decoding."""
     generated: float = 0.0
+    cached: int = 0
+    """Tokens of its prompt that need not be computed."""
 
     @property
     def left(self) -> float:
@@ -147,6 +149,11 @@ class Engine:
             self._running.remove(generation)
             self._prefixes.ended(generation.work, whole=False)
         self._plan()
+
+    def generated(self, generation: Generation) -> int:
+        """Tokens that have come of it."""
+        self._advance()
+        return int(generation.generated)
 
     # Faults
 
@@ -222,6 +229,7 @@ class Engine:
             return
         self._queue.popleft()
         cached = self._prefixes.taken_in(work)
+        generation.cached = cached
         uncached = max(work.prompt - cached, 1)
         # A prompt that is cached as a whole still takes a step.
         seconds = max(self.spec.prefill_seconds(cached, uncached), self.spec.step_seconds)

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from balancer.core.dispatcher import Chance, Dispatcher, DispatchPolicy
 from balancer.core.model import Command, Event, Ticket
+from balancer.core.placement import PlacementPolicy
 from benchmarks.sim.fleets import Machine
 from benchmarks.sim.prefixes import Work
 from benchmarks.sim.rivals import RIVALS, Proxy
@@ -45,22 +46,25 @@ class Policy:
     which is the best that a client of a proxy without a queue can do (so did the study)."""
 
 
-def _dispatcher(chance: Chance, look: Look) -> Router:
-    return Dispatcher(DispatchPolicy(), chance, started=0.0)
+def _dispatcher(policy: str) -> Callable[[Chance, Look], Router]:
+    dispatching = DispatchPolicy(placement=PlacementPolicy(policy))
+    return lambda chance, look: Dispatcher(dispatching, chance, started=0.0)
 
 
 def _proxy(rival: str) -> Callable[[Chance, Look], Router]:
     return lambda chance, look: Proxy(RIVALS[rival](chance), look)
 
 
-OWN_CLIENT_AT_ONCE = 50
-"""The user's batch client keeps 50 requests open; `balancer batch` never more either."""
+EVERYTHING = 10_000
+"""All prompts of a batch wait in the balancer at once: as many as class batch has places in line."""
 
 POLICIES: Mapping[str, Policy] = {
-    "balancer": Policy(build=_dispatcher, batch_at_once=OWN_CLIENT_AT_ONCE),
-    "user_formula_cap5": Policy(
-        build=_dispatcher, cap=_five, slots_told=False, batch_at_once=OWN_CLIENT_AT_ONCE
+    "expected_latency": Policy(build=_dispatcher("expected_latency"), batch_at_once=EVERYTHING),
+    "weighted_random": Policy(build=_dispatcher("weighted_random"), batch_at_once=EVERYTHING),
+    "weighted_random_cap5": Policy(
+        build=_dispatcher("weighted_random"), cap=_five, slots_told=False, batch_at_once=EVERYTHING
     ),
+    "least_loaded": Policy(build=_dispatcher("least_loaded"), batch_at_once=EVERYTHING),
     "round_robin": Policy(build=_proxy("round_robin")),
     "least_connections": Policy(build=_proxy("least_connections")),
     "power_of_two": Policy(build=_proxy("power_of_two")),
@@ -68,4 +72,5 @@ POLICIES: Mapping[str, Policy] = {
     "maxconn_ideal": Policy(build=_proxy("central_queue"), cap=_ideal),
     "maxconn_5": Policy(build=_proxy("central_queue"), cap=_five),
 }
-"""`balancer` is the default policy of the real dispatcher; a change of that default shows here."""
+"""The first ones are policies of the real dispatcher by their names in its settings, `expected_latency` the
+default; the others are rivals."""

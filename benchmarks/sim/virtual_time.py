@@ -19,9 +19,9 @@ class Timer:
 
 
 class VirtualTime:
-    def __init__(self) -> None:
-        self.now = 0.0
-        """Seconds since the room opened."""
+    def __init__(self, now: float = 0.0) -> None:
+        self.now = now
+        """Seconds."""
         self._timers: list[tuple[float, int, Timer]] = []
         self._numbers = count()  # what is due at the same moment happens in the order of asking
 

@@ -1,0 +1,522 @@
+"""The batch class: prompts wait as papers, and each worker takes the work that it should. Pure.
+
+A group is what shares a beginning: the prompts of one paper. Its prefix is computed once, by its first
+prompt; the others follow where it is remembered. The rules are those of ROUTING 2, "Batch".
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from itertools import count
+
+from balancer.core.fairness import Turns
+from balancer.core.fleet import MEMORY_SHARE, Fleet, Flight, Member
+from balancer.core.forecast import Forecast
+from balancer.core.model import Ask, Endpoint, ModelName, ModelOffer, Ticket, WorkerId
+
+LINGER_SECONDS = 30.0
+"""A group with nothing left to do is remembered for so long: a retry, or a client that sends the prompts of
+a paper one after the other, finds it where its prefix is."""
+HORIZON_SECONDS = 1.0
+"""How long a forecast of the whole batch's end is used."""
+STEAL_BELOW, DUPLICATE_BELOW = 0.8, 0.5
+"""A follower leaves its home, a straggler gets a copy, when that takes less than this share of the time."""
+SECOND_COPY_BELOW = 0.5
+"""A prefix is computed again on the same worker when that costs less than this share of what it saves."""
+FOLLOWER_TOKENS = 80
+"""A prompt's own question, where only the order of magnitude counts."""
+
+Service = tuple[ModelName, Endpoint]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPolicy:
+    reserve: float = 0.5
+    """The share of each worker's slots and memory that is kept from batch while chat is active."""
+    active_seconds: float = 30.0
+    """Chat is active for so long after its last request."""
+    slice_seconds: float = 0.5
+    """While chat is active, a long prompt is read in pieces of so many seconds; 0: at once."""
+    commit: float = 0.7
+    """A busy worker may hold papers worth this share of the time that the whole batch will still take."""
+    floor: float = 0.05
+    """The share of all tokens that batch gets even while chats would take every slot."""
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """Prompts that begin alike."""
+
+    number: int
+    service: Service
+    client: str
+    blocks: tuple[int, ...]
+    """What they have in common."""
+    waiting: OrderedDict[Ticket, Ask] = field(default_factory=OrderedDict)
+    homes: dict[WorkerId, None] = field(default_factory=dict)
+    """Workers that have, or are computing, its prefix."""
+    running: int = 0
+    quiet_since: float = 0.0
+
+    @property
+    def is_fresh(self) -> bool:
+        return bool(self.waiting) and not self.homes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """A worker shall do this."""
+
+    ask: Ask
+    ticket: Ticket
+    group: Group
+    warm_tokens: float | None = None
+    """Only so many tokens of its prompt are to be read."""
+    because: str
+
+
+@dataclass(slots=True, eq=False)
+class _ServiceLine:
+    """All groups of one model and endpoint."""
+
+    groups: dict[int, Group] = field(default_factory=dict)
+    by_block: dict[int, Group] = field(default_factory=dict)
+    fresh: dict[str, list[tuple[int, int, Group]]] = field(default_factory=dict)
+    """By client, the longest first: minus the characters, number, group."""
+    waiting: int = 0
+    horizon: tuple[float, float, float] = (float("-inf"), 0.0, 0.0)
+    """When it was computed, the seconds until the batch can be done, and the fastest paper's seconds."""
+
+
+@dataclass(slots=True)
+class BatchLine:
+    """Who waits in class batch, in groups."""
+
+    turns: Turns = field(default_factory=Turns)
+    _services: dict[Service, _ServiceLine] = field(default_factory=dict)
+    _where: dict[Ticket, Group] = field(default_factory=dict)
+    _at_home: dict[WorkerId, dict[int, Group]] = field(default_factory=dict)
+    _numbers: Iterator[int] = field(default_factory=lambda: count(1))
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def __contains__(self, ticket: Ticket) -> bool:
+        return ticket in self._where
+
+    def join(self, ticket: Ticket, ask: Ask) -> Group:
+        service = ask.needs.model, ask.needs.endpoint
+        line = self._services.setdefault(service, _ServiceLine())
+        group = _fitting(line, ask) or self._new_group(line, service, ask)
+        group.waiting[ticket] = ask
+        if ask.admitted:  # it has been in line before
+            group.waiting.move_to_end(ticket, last=False)
+        self._where[ticket] = group
+        self.turns.joined(ask.client)
+        line.waiting += 1
+        if not group.homes and len(group.waiting) == 1:
+            heap = line.fresh.setdefault(group.client, [])
+            heappush(heap, (-ask.prompt.chars, group.number, group))
+        return group
+
+    def leave(self, ticket: Ticket) -> Ask | None:
+        group = self._where.pop(ticket, None)
+        if group is None:
+            return None
+        ask = group.waiting.pop(ticket)
+        self.turns.left(ask.client)
+        self._services[group.service].waiting -= 1
+        return ask
+
+    def ask_of(self, ticket: Ticket) -> Ask:
+        return self._where[ticket].waiting[ticket]
+
+    def tickets(self, service: Service | None = None) -> list[Ticket]:
+        return [
+            ticket for ticket, group in self._where.items() if service is None or group.service == service
+        ]
+
+    def services(self) -> list[Service]:
+        """What is waited for."""
+        return [service for service, line in self._services.items() if line.waiting]
+
+    def waits_for(self, service: Service) -> int:
+        line = self._services.get(service)
+        return line.waiting if line else 0
+
+    def overdue(self, now: float) -> list[Ticket]:
+        return [ticket for ticket, group in self._where.items() if group.waiting[ticket].deadline <= now]
+
+    def sent(self, group: Group, worker_id: WorkerId) -> None:
+        group.running += 1
+        group.homes[worker_id] = None
+        self._at_home.setdefault(worker_id, {})[group.number] = group
+
+    def ended(self, group: Group, now: float) -> None:
+        group.running -= 1
+        group.quiet_since = now
+
+    def evict(self, worker_id: WorkerId) -> None:
+        """That worker remembers nothing any more: its groups may go anywhere."""
+        for group in self._at_home.pop(worker_id, {}).values():
+            group.homes.pop(worker_id, None)
+            if group.is_fresh:
+                self._refresh(group)
+
+    def at_home(self, worker_id: WorkerId) -> Iterable[Group]:
+        return self._at_home.get(worker_id, {}).values()
+
+    def groups(self, service: Service) -> Iterable[Group]:
+        line = self._services.get(service)
+        return line.groups.values() if line else ()
+
+    def next_fresh(self, service: Service) -> Group | None:
+        """The longest paper that nobody has begun, of the client whose turn it is."""
+        line = self._services.get(service)
+        if line is None:
+            return None
+        for client in self.turns.order(line.fresh):
+            heap = line.fresh[client]
+            while heap and not heap[0][2].is_fresh:
+                heappop(heap)
+            if heap:
+                return heap[0][2]
+            del line.fresh[client]
+        return None
+
+    def count_fresh(self, service: Service) -> int:
+        """Groups that nobody has begun; what is begun meanwhile may be counted until it comes up."""
+        line = self._services.get(service)
+        return sum(map(len, line.fresh.values())) if line else 0
+
+    def horizon(self, service: Service) -> tuple[float, float, float]:
+        return self._services[service].horizon
+
+    def set_horizon(self, service: Service, horizon: tuple[float, float, float]) -> None:
+        self._services[service].horizon = horizon
+
+    def tidy(self, now: float) -> None:
+        """Forget groups that have been quiet for long."""
+        for line in self._services.values():
+            over = [
+                group
+                for group in line.groups.values()
+                if not group.waiting and not group.running and now - group.quiet_since > LINGER_SECONDS
+            ]
+            for group in over:
+                del line.groups[group.number]
+                _unregister(line, group, group.blocks)
+                for worker_id in group.homes:
+                    self._at_home.get(worker_id, {}).pop(group.number, None)
+
+    def _new_group(self, line: _ServiceLine, service: Service, ask: Ask) -> Group:
+        group = Group(next(self._numbers), service, ask.client, ask.prompt.blocks)
+        line.groups[group.number] = group
+        for block in group.blocks:
+            line.by_block[block] = group
+        return group
+
+    def _refresh(self, group: Group) -> None:
+        first = next(iter(group.waiting.values()))
+        heap = self._services[group.service].fresh.setdefault(group.client, [])
+        heappush(heap, (-first.prompt.chars, group.number, group))
+
+
+def _fitting(line: _ServiceLine, ask: Ask) -> Group | None:
+    """The group of the same client with which it has at least half of itself in common; what the group has
+    in common is then only that."""
+    blocks = ask.prompt.blocks
+    for depth in range(len(blocks), (len(blocks) - 1) // 2, -1):
+        group = line.by_block.get(blocks[depth - 1])
+        if group is not None and group.client == ask.client:
+            if depth < len(group.blocks):
+                _unregister(line, group, group.blocks[depth:])
+                group.blocks = group.blocks[:depth]
+            return group
+    return None
+
+
+def _unregister(line: _ServiceLine, group: Group, blocks: Sequence[int]) -> None:
+    for block in blocks:
+        if line.by_block.get(block) is group:
+            del line.by_block[block]
+
+
+class Planner:
+    """Which work of the batch line a worker should take."""
+
+    def __init__(self, line: BatchLine, fleet: Fleet, forecast: Forecast, policy: BatchPolicy) -> None:
+        self._line = line
+        self._fleet = fleet
+        self._forecast = forecast
+        self._policy = policy
+
+    def capacity(self, member: Member, *, active: bool) -> int:
+        """How many requests of all kinds may be on it when batch adds one."""
+        slots = member.slots
+        if active and slots > 1:
+            slots -= max(1, round(self._policy.reserve * slots))
+        return slots
+
+    def is_open(self, member: Member, *, active: bool) -> bool:
+        """It may take something of class batch: one prompt is read at a time, and none beside a chat's."""
+        if member.load >= self.capacity(member, active=active):
+            return False
+        return not any(active or not flight.is_interactive for flight in member.pending.values())
+
+    def work_for(self, member: Member, service: Service, now: float, *, active: bool) -> Assignment | None:
+        """`member` is well, and open."""
+        offer = self._fleet.offers_of(service[0]).get(member.worker.id)
+        if offer is None or service[1] not in offer.endpoints or not self._line.waits_for(service):
+            return None
+        share = 1 - self._policy.reserve if active else MEMORY_SHARE
+        if (follower := self._follower(member, offer, service, now)) is not None:
+            return self._start(*follower, member, offer, active, "its prefix is here")
+        group = self._line.next_fresh(service)
+        if group is not None:
+            first = self._first_for(group, member, now)
+            if first is None or not self._fits(member, offer, group, first[1], share):
+                return None
+            if not self._in_time(member, offer, group, now):
+                return None
+            return self._start(group, first, member, offer, active, "a paper that it can finish in time")
+        return self._stolen(member, offer, service, now, active) or self._second_copy(
+            member, offer, service, now, active
+        )
+
+    def stragglers(self, service: Service, now: float) -> list[tuple[float, Flight]]:
+        """What runs and could be copied, with the seconds that it may still take, the longest first. None
+        while anything waits."""
+        if self._line.waits_for(service):
+            return []
+        found: list[tuple[float, Flight]] = []
+        for member in self._fleet:
+            for flight in member.running.values():
+                ask = flight.ask
+                if (
+                    flight.kind != "ask"
+                    or flight.is_interactive
+                    or not ask.replayable
+                    or (ask.needs.model, ask.needs.endpoint) != service
+                ):
+                    continue
+                token = member.speeds_of(flight.offer).seconds_per_token(member.load)
+                passed = now - flight.sent
+                left = max(flight.expected + flight.output * token - passed, 0.2 * passed)
+                found.append((left, flight))
+        found.sort(key=lambda one: (-one[0], one[1].ticket))
+        return found
+
+    def worth_copying(self, flight: Flight, left: float, member: Member, offer: ModelOffer) -> bool:
+        """This worker would be done with it in a fraction of the time that is left."""
+        if flight.member is member or member.worker.id in flight.ask.needs.avoid:
+            return False
+        cached = self._forecast.cached(flight.ask, member, offer, None)
+        uncached = self._forecast.prompt_tokens(flight.ask) - cached
+        return self._latency(member, offer, uncached, flight.output) < DUPLICATE_BELOW * left
+
+    # The rules
+
+    def _follower(
+        self, member: Member, offer: ModelOffer, service: Service, now: float
+    ) -> tuple[Group, tuple[Ticket, Ask]] | None:
+        """A prompt of a paper whose prefix is on this worker, and not being computed there."""
+        for group in self._line.at_home(member.worker.id):
+            if not group.waiting or group.service != service:
+                continue
+            first = self._first_for(group, member, now)
+            if first is None or not self._fits(member, offer, group, first[1], MEMORY_SHARE):
+                continue
+            if group.number not in member.papers_in_use:
+                return group, first
+            held = member.remembered(offer).depth(group.blocks)
+            if member.shares_prefixes and held >= len(group.blocks) > 0:
+                return group, first
+        return None
+
+    def _in_time(self, member: Member, offer: ModelOffer, group: Group, now: float) -> bool:
+        """A worker may take a paper that it can finish before the whole room can be done."""
+        prompts = len(group.waiting)
+        shared, own, output = self._sizes(group)
+        _, remaining, fastest = self._horizon(group, now)
+        load = self._load(member, offer, now)
+        cost = self._cost(member, offer, shared, own, output, prompts)
+        if load > 0:
+            return load + cost <= self._policy.commit * remaining
+        speeds = member.speeds_of(offer)
+        rounds = 1 if member.shares_prefixes else prompts
+        alone = (shared + own) / speeds.prefill_tokens_per_second
+        alone += rounds * output * speeds.seconds_per_token(1)
+        return max(cost, alone) <= remaining + fastest
+
+    def _horizon(self, group: Group, now: float) -> tuple[float, float, float]:
+        """When it was computed, the seconds in which the whole batch can be done, and in which the fastest
+        worker does one paper."""
+        horizon = self._line.horizon(group.service)
+        if now - horizon[0] <= HORIZON_SECONDS:
+            return horizon
+        prompts = len(group.waiting)
+        shared, own, output = self._sizes(group)
+        offers = self._fleet.offers_of(group.service[0])
+        papers, pace, fastest = float(self._line.count_fresh(group.service)), 0.0, float("inf")
+        for member in self._fleet.able(*group.service, now).members:
+            offer = offers[member.worker.id]
+            speeds = member.speeds_of(offer)
+            cost = self._cost(member, offer, shared, own, output, prompts)
+            pace += 1 / cost
+            papers += self._load(member, offer, now) / cost
+            rounds = 1 if member.shares_prefixes else prompts
+            alone = shared / speeds.prefill_tokens_per_second
+            alone += rounds * output * speeds.seconds_per_token(max(member.load, 1))
+            fastest = min(fastest, alone)
+        horizon = (now, papers / pace if pace else 0.0, fastest)
+        self._line.set_horizon(group.service, horizon)
+        return horizon
+
+    def _stolen(
+        self, member: Member, offer: ModelOffer, service: Service, now: float, active: bool
+    ) -> Assignment | None:
+        """A follower that would be done clearly later at home."""
+        best: tuple[float, Group, tuple[Ticket, Ask]] | None = None
+        for group in self._line.groups(service):
+            if not group.waiting or member.worker.id in group.homes:
+                continue
+            last = self._first_for(group, member, now, reverse=True)
+            if last is None:
+                continue
+            shared, own, output = self._sizes(group)
+            at_home = min(
+                (self._at_home_seconds(home, group, now) for home in group.homes), default=float("inf")
+            )
+            here = self._latency(member, offer, shared + own, output)
+            gain = at_home - here
+            if here < STEAL_BELOW * at_home and (best is None or gain > best[0]):
+                best = gain, group, last
+        if best is None:
+            return None
+        return self._start(best[1], best[2], member, offer, active, "it would be done later at home")
+
+    def _at_home_seconds(self, worker_id: WorkerId, group: Group, now: float) -> float:
+        """Until the last of its prompts is done where its prefix is."""
+        home = self._fleet.get(worker_id)
+        if home is None or home.unfit(now) is not None:
+            return float("inf")
+        offer = self._fleet.offers_of(group.service[0]).get(worker_id)
+        if offer is None:
+            return float("inf")
+        _, own, output = self._sizes(group)
+        together = max(home.slots, 1) if home.shares_prefixes else 1
+        rounds = -(-len(group.waiting) // together)
+        return home.backlog(offer, now) + self._latency(home, offer, own, output) * rounds
+
+    def _second_copy(
+        self, member: Member, offer: ModelOffer, service: Service, now: float, active: bool
+    ) -> Assignment | None:
+        """Where engines can't share a prefix: compute it once more beside the first, when so much waits for
+        it that this pays."""
+        for group in self._line.at_home(member.worker.id):
+            if not group.waiting or group.service != service or member.shares_prefixes:
+                continue
+            copies = member.papers_in_use.get(group.number, 0)
+            first = self._first_for(group, member, now)
+            if first is None or not copies:
+                continue
+            shared, _, output = self._sizes(group)
+            speeds = member.speeds_of(offer)
+            writing = len(group.waiting) * output * speeds.seconds_per_token(member.load + 1)
+            saved = writing / copies - writing / (copies + 1)
+            if shared / speeds.prefill_tokens_per_second < SECOND_COPY_BELOW * saved:
+                return self._start(group, first, member, offer, active, "so much waits for this prefix")
+        return None
+
+    def _start(
+        self,
+        group: Group,
+        ask: tuple[Ticket, Ask],
+        member: Member,
+        offer: ModelOffer,
+        active: bool,
+        because: str,
+    ) -> Assignment:
+        """The prompt itself, or, while people chat, a slice of a long one first."""
+        ticket, asked = ask
+        seconds = self._policy.slice_seconds
+        if active and seconds:
+            step = max(seconds * member.speeds_of(offer).prefill_tokens_per_second, 128.0)
+            sizes = self._forecast.sizes(group.service[0])
+            prefix = len(group.blocks) * sizes.block_tokens()
+            held = member.remembered(offer).depth(group.blocks) * sizes.block_tokens()
+            uncached = self._forecast.prompt_tokens(asked) - self._forecast.cached(asked, member, offer, None)
+            # Whole blocks: what is not remembered as one would be read again.
+            warm = -(-(held + step) // sizes.block_tokens()) * sizes.block_tokens()
+            if uncached > 1.5 * step and prefix - held > 0.5 * step:
+                return Assignment(
+                    ask=asked,
+                    ticket=ticket,
+                    group=group,
+                    warm_tokens=min(warm, prefix),
+                    because="a slice of a long prompt, since people chat",
+                )
+        return Assignment(ask=asked, ticket=ticket, group=group, because=because)
+
+    def _first_for(
+        self, group: Group, member: Member, now: float, *, reverse: bool = False
+    ) -> tuple[Ticket, Ask] | None:
+        """The first of its prompts that this worker may be given."""
+        for ticket, ask in reversed(group.waiting.items()) if reverse else group.waiting.items():
+            if not ask.needs.avoid or member in self._fleet.allowed(ask.needs, now)[0]:
+                return ticket, ask
+        return None
+
+    # Seconds and tokens
+
+    def _sizes(self, group: Group) -> tuple[float, float, float]:
+        """Tokens of its prefix, of each prompt besides, and of each answer."""
+        first = next(iter(group.waiting.values()))
+        sizes = self._forecast.sizes(group.service[0])
+        shared = len(group.blocks) * sizes.block_tokens()
+        own = max(sizes.prompt_tokens(first.prompt) - shared, 1.0)
+        return shared, own, sizes.answer_tokens(first)
+
+    def _fits(self, member: Member, offer: ModelOffer, group: Group, ask: Ask, share: float) -> bool:
+        shared = self.shared_tokens(member, group)
+        return member.fits(offer, self._forecast.prompt_tokens(ask), shared, share)
+
+    def shared_tokens(self, member: Member, group: Group) -> float:
+        """Of its prompts, what those that run there hold already."""
+        if not member.shares_prefixes or group.number not in member.papers_in_use:
+            return 0.0
+        return len(group.blocks) * self._forecast.sizes(group.service[0]).block_tokens()
+
+    def _latency(self, member: Member, offer: ModelOffer, uncached: float, output: float) -> float:
+        speeds = member.speeds_of(offer)
+        reading = uncached / speeds.prefill_tokens_per_second
+        return reading + output * speeds.seconds_per_token(max(member.load, 1))
+
+    def _cost(
+        self, member: Member, offer: ModelOffer, shared: float, own: float, output: float, prompts: int
+    ) -> float:
+        """Seconds of a paper on a worker that is full."""
+        speeds, slots = member.speeds_of(offer), member.slots
+        reading = (shared + prompts * own) / speeds.prefill_tokens_per_second
+        return reading + prompts * output * speeds.seconds_per_token(slots) / slots
+
+    def _load(self, member: Member, offer: ModelOffer, now: float) -> float:
+        """Seconds of work that is bound to this worker."""
+        speeds, slots = member.speeds_of(offer), member.slots
+        token = speeds.seconds_per_token(max(member.load, 1))
+        tokens = 0.0
+        reading = 0.0
+        for group in self._line.at_home(member.worker.id):
+            if group.waiting and len(group.homes) == 1:
+                _, own, output = self._sizes(group)
+                tokens += len(group.waiting) * output
+                reading += len(group.waiting) * own
+        for flight in member.running.values():
+            done = 0.0 if flight.first is None else (now - flight.first) / token
+            tokens += max(flight.output - done, 0.0)
+        seconds = reading / speeds.prefill_tokens_per_second + member.backlog(offer, now)
+        return seconds + tokens * speeds.seconds_per_token(slots) / slots

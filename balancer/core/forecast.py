@@ -1,0 +1,85 @@
+"""What one ask will take on one worker: tokens to compute, tokens to write, which conversation lives where.
+Pure.
+
+Holds what is learned across workers: the token counts of each model, and where each conversation was
+answered last.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from balancer.core.estimates import Sizes
+from balancer.core.fleet import Flight, Member
+from balancer.core.model import Ask, ModelName, ModelOffer, WorkerId
+
+MAX_CONVERSATIONS = 10_000
+
+
+class Home(NamedTuple):
+    """Where a conversation was answered last, and the tokens that its next turn begins with."""
+
+    worker_id: WorkerId
+    tokens: float
+
+
+@dataclass(slots=True)
+class Forecast:
+    _sizes: dict[ModelName, Sizes] = field(default_factory=dict)
+    _homes: OrderedDict[tuple[ModelName, int], Home] = field(default_factory=OrderedDict)
+
+    def sizes(self, model: ModelName) -> Sizes:
+        return self._sizes.setdefault(model, Sizes())
+
+    def home(self, ask: Ask) -> Home | None:
+        """Of the conversation that this ask continues."""
+        turn = ask.prompt.continues
+        return None if turn is None else self._homes.get((ask.needs.model, turn))
+
+    def settle(self, ask: Ask, worker_id: WorkerId, tokens: float) -> None:
+        """The next turn after this one will find it there, with so many tokens known."""
+        if ask.prompt.conversation is not None:
+            key = ask.needs.model, ask.prompt.conversation
+            self._homes[key] = Home(worker_id, tokens)
+            self._homes.move_to_end(key)
+            if len(self._homes) > MAX_CONVERSATIONS:
+                self._homes.popitem(last=False)
+
+    def prompt_tokens(self, ask: Ask) -> float:
+        return self.sizes(ask.needs.model).prompt_tokens(ask.prompt)
+
+    def answer_tokens(self, ask: Ask) -> float:
+        return self.sizes(ask.needs.model).answer_tokens(ask)
+
+    def cached(self, ask: Ask, member: Member, offer: ModelOffer, home: Home | None) -> float:
+        """Tokens of the prompt that this worker need not compute."""
+        blocks = ask.prompt.blocks
+        remembered = member.remembers.get(offer.known_as or offer.name)
+        depth = remembered.depth(blocks) if remembered is not None and blocks else 0
+        if depth and member.running and not member.shares_prefixes and _in_use(member, blocks[:depth]):
+            return 0.0  # llama.cpp and MLX: a prefix that a request is using can't serve another one
+        tokens = depth * self.sizes(ask.needs.model).block_tokens()
+        if home is not None and home.worker_id == member.worker.id and (depth or not blocks):
+            tokens = max(tokens, home.tokens)
+        return min(tokens, self.prompt_tokens(ask) - 1)
+
+    def remember(self, flight: Flight, *, tokens: float | None = None) -> None:
+        """Its engine has computed its prompt (of a warm-up, so many tokens of it)."""
+        member, offer, blocks = flight.member, flight.offer, flight.ask.prompt.blocks
+        block_tokens = self.sizes(flight.ask.needs.model).block_tokens()
+        if tokens is not None:
+            blocks = blocks[: int(tokens / block_tokens)]
+        at_most = max(int(member.cache_tokens(offer) / block_tokens), len(blocks))
+        if blocks:
+            member.remembered(offer).hold(blocks, at_most)
+
+
+def _in_use(member: Member, beginning: tuple[int, ...]) -> bool:
+    depth = len(beginning)
+    for flight in member.running.values():
+        blocks = flight.ask.prompt.blocks
+        if len(blocks) >= depth and blocks[depth - 1] == beginning[-1]:
+            return True
+    return False
