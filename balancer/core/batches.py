@@ -303,7 +303,7 @@ class Planner:
                     or (ask.needs.model, ask.needs.endpoint) != service
                 ):
                     continue
-                token = member.speeds_of(flight.offer).seconds_per_token(member.load)
+                token = member.speeds_of(flight.offer).writing.at(member.load)
                 passed = now - flight.sent
                 left = max(flight.expected + flight.output * token - passed, 0.2 * passed)
                 found.append((left, flight))
@@ -349,7 +349,7 @@ class Planner:
         speeds = member.speeds_of(offer)
         rounds = 1 if member.shares_prefixes else prompts
         alone = (shared + own) / speeds.prefill_tokens_per_second
-        alone += rounds * output * speeds.seconds_per_token(1)
+        alone += rounds * output * speeds.writing.at(1)
         return max(cost, alone) <= remaining + fastest
 
     def _horizon(self, group: Group, now: float) -> tuple[float, float, float]:
@@ -370,7 +370,7 @@ class Planner:
             papers += self._load(member, offer, now) / cost
             rounds = 1 if member.shares_prefixes else prompts
             alone = shared / speeds.prefill_tokens_per_second
-            alone += rounds * output * speeds.seconds_per_token(max(member.load, 1))
+            alone += rounds * output * speeds.writing.at(max(member.load, 1))
             fastest = min(fastest, alone)
         horizon = (now, papers / pace if pace else 0.0, fastest)
         self._line.set_horizon(group.service, horizon)
@@ -426,7 +426,7 @@ class Planner:
                 continue
             shared, _, output = self._sizes(group)
             speeds = member.speeds_of(offer)
-            writing = len(group.waiting) * output * speeds.seconds_per_token(member.load + 1)
+            writing = len(group.waiting) * output * speeds.writing.at(member.load + 1)
             saved = writing / copies - writing / (copies + 1)
             if shared / speeds.prefill_tokens_per_second < SECOND_COPY_BELOW * saved:
                 return self._start(group, first, member, offer, active, "so much waits for this prefix")
@@ -494,7 +494,7 @@ class Planner:
     def _latency(self, member: Member, offer: ModelOffer, uncached: float, output: float) -> float:
         speeds = member.speeds_of(offer)
         reading = uncached / speeds.prefill_tokens_per_second
-        return reading + output * speeds.seconds_per_token(max(member.load, 1))
+        return reading + output * speeds.writing.at(max(member.load, 1))
 
     def _cost(
         self, member: Member, offer: ModelOffer, shared: float, own: float, output: float, prompts: int
@@ -502,12 +502,12 @@ class Planner:
         """Seconds of a paper on a worker that is full."""
         speeds, slots = member.speeds_of(offer), member.slots
         reading = (shared + prompts * own) / speeds.prefill_tokens_per_second
-        return reading + prompts * output * speeds.seconds_per_token(slots) / slots
+        return reading + prompts * output * speeds.writing.at(slots) / slots
 
     def _load(self, member: Member, offer: ModelOffer, now: float) -> float:
         """Seconds of work that is bound to this worker."""
         speeds, slots = member.speeds_of(offer), member.slots
-        token = speeds.seconds_per_token(max(member.load, 1))
+        token = speeds.writing.at(max(member.load, 1))
         tokens = 0.0
         reading = 0.0
         for group in self._line.at_home(member.worker.id):
@@ -519,4 +519,4 @@ class Planner:
             done = 0.0 if flight.first is None else (now - flight.first) / token
             tokens += max(flight.output - done, 0.0)
         seconds = reading / speeds.prefill_tokens_per_second + member.backlog(offer, now)
-        return seconds + tokens * speeds.seconds_per_token(slots) / slots
+        return seconds + tokens * speeds.writing.at(slots) / slots

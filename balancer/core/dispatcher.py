@@ -247,13 +247,12 @@ class Dispatcher:
             return []
         member = flight.member
         seconds = now - max(flight.sent, member.last_first if len(member.pending) > 1 else flight.sent)
-        flight.first = flight.grew = member.last_first = member.last_byte = now
-        member.pending.pop(ticket, None)
+        member.began(flight, now)
         if flight.uncached > 0.75 * flight.prompt:  # else an engine that has forgotten would look slow
             member.speeds_of(flight.offer).read(flight.uncached, seconds)
         if member.condition is not None and member.condition.slots is None:
             member.limit.began(seconds=seconds, expected=flight.expected, running=len(member.running))
-        member.changed()
+            member.changed()
         if member.shares_prefixes and flight.kind != "probe":
             self._forecast.remember(flight)
         return self._place_batch([member], now)
@@ -310,11 +309,18 @@ class Dispatcher:
             speeds.read(prompt - cached, first - flight.sent)
         if first is not None and output and output > 8:
             streams = (flight.streams + member.load) / 2
-            speeds.wrote(streams, (now - first) / (output - 1))
+            speeds.answered(streams, (now - first) / (output - 1))
+            # While it reads somebody's prompt in chunks, each step takes a chunk longer: that is the
+            # prompt's time, and few tokens come in it.
+            reading = member.read_for(now) - flight.read_before
+            step = PREFILL_CHUNK_TOKENS / speeds.prefill_tokens_per_second + speeds.writing.at(streams)
+            tokens, seconds = output - 1 - reading / step, now - first - reading
+            if tokens > 8 and seconds > 0.3 * (now - first):
+                speeds.wrote(streams, seconds / tokens, 1.0)
 
     def _take_off(self, flight: Flight, now: float) -> None:
         """Its slot is free again."""
-        self._fleet.gave_back(flight)
+        self._fleet.gave_back(flight, now)
         group = self._papers.pop(flight.ticket, None)
         if group is not None:
             self._batch.ended(group, now)
@@ -668,7 +674,7 @@ class Dispatcher:
             uncached=max(chosen.uncached, 1.0),
             expected=member.backlog(offer, now)
             + chosen.uncached / member.speeds_of(offer).prefill_tokens_per_second
-            + member.speeds_of(offer).seconds_per_token(member.load + 1),
+            + member.speeds_of(offer).answering.at(member.load + 1),
             output=1.0 if kind == "warm" else self._forecast.answer_tokens(ask),
             kind=kind,
             of=of,
@@ -935,7 +941,7 @@ def _view(member: Member, now: float) -> WorkerView:
         success_rate=member.window.success_rate,
         average_seconds=member.window.average_seconds,
         prefill_tokens_per_second=speeds.prefill_tokens_per_second if speeds else None,
-        tokens_per_second=1 / speeds.seconds_per_token(1) if speeds else None,
+        tokens_per_second=1 / speeds.writing.at(1) if speeds else None,
         engine=condition.engine if condition else "",
         hardware=condition.hardware if condition else "",
         advice=condition.advice if condition else (),

@@ -64,25 +64,13 @@ NEW_AFTER_ANSWERS = 3
 
 
 @dataclass(slots=True)
-class Speeds:
-    """What was learned of one model on one worker (ROUTING 2, "Learning"). Everything decays, by being
-    outweighed: a machine that throttles is noticed within a few answers."""
+class TokenPace:
+    """Seconds per token over the number of streams: a line, by decayed least squares."""
 
-    prefill_tokens_per_second: float
-    _sums: list[float]
-    """Of the decayed least squares of seconds per token over streams: 1, n, t, n * n, n * t."""
-    prefill_samples: int = 0
-    answers: int = 0
+    _sums: list[float] = field(default_factory=lambda: [0.0] * 5)
+    """Of 1, n, t, n * n and n * t."""
 
-    @classmethod
-    def prior(cls, prefill_tokens_per_second: float, seconds_per_token: float) -> Speeds:
-        """Alone it writes a token in so many seconds; eight at once are taken to need 2.5 times as long."""
-        speeds = cls(prefill_tokens_per_second, [0.0] * 5)
-        speeds._add(1, seconds_per_token, 0.5)
-        speeds._add(8, 2.5 * seconds_per_token, 0.5)
-        return speeds
-
-    def seconds_per_token(self, streams: float) -> float:
+    def at(self, streams: float) -> float:
         """Of each stream, when so many are written at once."""
         weight, sum_n, sum_t, sum_nn, sum_nt = self._sums
         mean_t, mean_n = sum_t / weight, sum_n / weight
@@ -92,6 +80,35 @@ class Speeds:
         slope = (sum_nt / weight - mean_n * mean_t) / variance if known else mean_t / (mean_n + 4)
         slope = min(max(slope, 0.0), mean_t / max(mean_n, 1.0))
         return max(mean_t + slope * (streams - mean_n), 0.25 * mean_t)
+
+    def learn(self, streams: float, seconds: float, weight: float, keep: float) -> None:
+        """`keep`: the share of what was known that stays."""
+        seconds = max(seconds, 1e-6)
+        for index, value in enumerate((1.0, streams, seconds, streams * streams, streams * seconds)):
+            self._sums[index] = keep * self._sums[index] + weight * value
+
+
+@dataclass(slots=True)
+class Speeds:
+    """What was learned of one model on one worker (ROUTING 2, "Learning"). Everything decays, by being
+    outweighed: a machine that throttles is noticed within a few answers."""
+
+    prefill_tokens_per_second: float
+    writing: TokenPace
+    """While nobody's prompt is read."""
+    answering: TokenPace
+    """From the first token of answers to their last, with whatever came between."""
+    prefill_samples: int = 0
+    answers: int = 0
+
+    @classmethod
+    def prior(cls, prefill_tokens_per_second: float, seconds_per_token: float) -> Speeds:
+        """Alone it writes a token in so many seconds; eight at once are taken to need 2.5 times as long."""
+        speeds = cls(prefill_tokens_per_second, TokenPace(), TokenPace())
+        for pace in (speeds.writing, speeds.answering):
+            pace.learn(1, seconds_per_token, 0.5, 1.0)
+            pace.learn(8, 2.5 * seconds_per_token, 0.5, 1.0)
+        return speeds
 
     def read(self, tokens: float, seconds: float) -> None:
         """So many tokens of a prompt, none of them cached, were read in that time."""
@@ -104,19 +121,18 @@ class Speeds:
         else:
             self.prefill_tokens_per_second *= min(max(ratio, 0.6), 1.6) ** 0.3
 
-    def wrote(self, streams: float, seconds_per_token: float, share: float = 1.0) -> None:
-        """A stream got its tokens at that pace, beside others. `share` of a whole answer that was seen."""
+    def wrote(self, streams: float, seconds_per_token: float, share: float) -> None:
+        """A stream got tokens at that pace, beside others, and no prompt was read. `share`: of an answer."""
         keep = 1 - 0.1 * share
-        if self.answers < NEW_AFTER_ANSWERS and share == 1.0:
-            keep = 0.3  # of the prior: what is seen soon outweighs it
-        self._sums = [keep * value for value in self._sums]
-        self._add(streams, max(seconds_per_token, 1e-6), share)
-        if share == 1.0:
-            self.answers += 1
+        if self.answers < NEW_AFTER_ANSWERS:
+            keep = 1 - 0.7 * share  # of the prior: what is seen soon outweighs it
+        self.writing.learn(streams, seconds_per_token, share, keep)
 
-    def _add(self, streams: float, seconds: float, weight: float) -> None:
-        for index, value in enumerate((1.0, streams, seconds, streams * streams, streams * seconds)):
-            self._sums[index] += weight * value
+    def answered(self, streams: float, seconds_per_token: float) -> None:
+        """A whole answer came at that pace."""
+        keep = 0.9 if self.answers >= NEW_AFTER_ANSWERS else 0.3
+        self.answering.learn(streams, seconds_per_token, 1.0, keep)
+        self.answers += 1
 
 
 PRIORS: tuple[tuple[str, str, float, float], ...] = (

@@ -78,6 +78,8 @@ class Flight:
     streams: int = 1
     """On the worker at its start, itself included."""
     first: float | None = None
+    read_before: float = 0.0
+    """`Member.read_for` at that moment."""
     tokens: int = 0
     """That have come until `grew`."""
     grew: float = 0.0
@@ -118,7 +120,7 @@ class Member:
     """Why it does not answer; None: it does, or has not been heard of yet."""
     heard: bool = False
     """It has reported, or was found not to answer: from then on its silence about a model counts."""
-    held_until: float = 0.0
+    held_until: float = -inf
     """It asked not to be asked before then (Retry-After)."""
     window: Window = field(default_factory=Window)
     running: dict[Ticket, Flight] = field(default_factory=dict)
@@ -142,6 +144,9 @@ class Member:
     """How many of its requests hold the prefix of which group."""
     last_byte: float = -inf
     last_first: float = -inf
+    read_seconds: float = 0.0
+    """In all, for which it has had prompts to read; until `reading_since`, while it has."""
+    reading_since: float = 0.0
     last_picked: float = -inf
     calibrated: set[ModelName] = field(default_factory=set)
     _lines: dict[ModelName, Line] = field(default_factory=dict)
@@ -256,8 +261,8 @@ class Member:
     def _make_line(self, offer: ModelOffer, social: float, kappa: float) -> Line:
         speeds = self.speeds_of(offer)
         streams = self.load
-        token = speeds.seconds_per_token(streams + 1)
-        slower = max(token - speeds.seconds_per_token(streams), 0.0)
+        token = speeds.answering.at(streams + 1)
+        slower = max(token - speeds.answering.at(streams), 0.0)
         disturbed = social * kappa * self.chats
         per_token = 1 / speeds.prefill_tokens_per_second
         backlog_ends, backlog_least = -inf, 0.0
@@ -301,6 +306,8 @@ class Member:
 
     def sent(self, flight: Flight) -> None:
         self.memory_held += flight.prompt + ANSWER_ROOM_TOKENS - self._held_by_others(flight)
+        if not self.pending:
+            self.reading_since = flight.sent
         self.running[flight.ticket] = flight
         self.pending[flight.ticket] = flight
         self.chats += flight.is_interactive and flight.kind == "ask"
@@ -312,10 +319,25 @@ class Member:
         self.last_picked = flight.sent
         self.changed()
 
-    def gave_back(self, flight: Flight) -> None:
+    def began(self, flight: Flight, now: float) -> None:
+        """Its first token has come."""
+        self._is_read(flight, now)
+        flight.first = flight.grew = self.last_first = self.last_byte = now
+        flight.read_before = self.read_for(now)
+        self.changed()
+
+    def read_for(self, now: float) -> float:
+        """Seconds, in all, for which it has had prompts to read."""
+        return self.read_seconds + (now - self.reading_since if self.pending else 0.0)
+
+    def _is_read(self, flight: Flight, now: float) -> None:
+        if self.pending.pop(flight.ticket, None) is not None and not self.pending:
+            self.read_seconds += now - self.reading_since
+
+    def gave_back(self, flight: Flight, now: float) -> None:
         if self.running.pop(flight.ticket, None) is None:
             return
-        self.pending.pop(flight.ticket, None)
+        self._is_read(flight, now)
         self.chats -= flight.is_interactive and flight.kind == "ask"
         if flight.paper is not None:
             self.papers_in_use[flight.paper] -= 1
@@ -412,9 +434,9 @@ class Fleet:
             if member.running:
                 self._departed[worker_id] = member
 
-    def gave_back(self, flight: Flight) -> None:
+    def gave_back(self, flight: Flight, now: float) -> None:
         member = flight.member
-        member.gave_back(flight)
+        member.gave_back(flight, now)
         if not member.running and self._departed.get(member.worker.id) is member:
             del self._departed[member.worker.id]
 
@@ -559,6 +581,7 @@ class Fleet:
 def _move_flights(old: Member, new: Member) -> None:
     new.running, new.pending = old.running, old.pending
     new.chats, new.memory_held, new.papers_in_use = old.chats, old.memory_held, old.papers_in_use
+    new.read_seconds, new.reading_since = old.read_seconds, old.reading_since
     old.running, old.pending = {}, {}
     for flight in new.running.values():
         flight.member = new
