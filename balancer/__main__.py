@@ -166,7 +166,7 @@ def workers(
     if json:
         print(orjson.dumps(room, option=orjson.OPT_INDENT_2).decode())  # noqa: T201
         return
-    table = Table("worker", "state", "running")
+    table = Table("worker", "state", "running", "tokens/s read, written")
     table.add_column("models", overflow="fold")  # to be copied whole
     table.add_column("engine")
     table.add_column("detail", overflow="fold")
@@ -174,12 +174,21 @@ def workers(
         breaker = "" if view["breaker"] == "closed" else f", breaker {view['breaker']}"
         table.add_row(
             *(Text(view["id"]), Text(view["state"] + breaker), f"{view['running']}/{view['slots']}"),
+            _speeds(view["prefill_tokens_per_second"], view["tokens_per_second"]),
             # Text: a worker's words are no markup.
             *(Text(text) for text in ("\n".join(view["models"]), view["engine"], view["detail"])),
         )
     console = Console()
     console.print(table)
-    console.print(f"{room['waiting']} waiting, {room['running']} running")
+    batch = f" ({room['waiting_batch']} of class batch)" if room["waiting_batch"] else ""
+    console.print(f"{room['waiting']} waiting{batch}, {room['running']} running")
+    for warning in room["warnings"]:
+        console.print(Text(warning, "yellow"))
+
+
+def _speeds(reading: float | None, writing: float | None) -> str:
+    """As learned; nothing where nothing was measured yet."""
+    return "" if reading is None or writing is None else f"{reading:.0f}, {writing:.0f}"
 
 
 @app.command()

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import random
+import secrets
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import aiohttp
 from aiohttp import web
 
 from balancer.core.admission import AdmissionPolicy
+from balancer.core.batches import BatchPolicy
 from balancer.core.breaker import BreakerPolicy
 from balancer.core.dispatcher import Dispatcher, DispatchPolicy, Snapshot
 from balancer.core.errors import Conflict
@@ -99,10 +101,20 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
     clock = loop.time
     chance = random.Random()
     async with AsyncExitStack() as stack:
-        leases = Leases(Dispatcher(_dispatch_policy(settings), chance, started=clock()), clock)
         upstream = await stack.enter_async_context(
             Upstream(TimeoutPolicy(settings.connect_timeout, settings.read_timeout))
         )
+        headers: Mapping[WorkerId, Mapping[str, str]] = {
+            entry.worker.id: entry.headers for entry in settings.room
+        }
+        nothing: Mapping[str, str] = {}
+
+        def headers_for(worker: Worker) -> Mapping[str, str]:
+            return headers.get(worker.id, nothing)
+
+        relay = Relay(upstream, clock, headers_for)
+        dispatcher = Dispatcher(_dispatch_policy(settings), chance, started=clock())
+        leases = await stack.enter_async_context(Leases(dispatcher, clock, relay.probe))
         session = await stack.enter_async_context(_watch_session(settings))
 
         def heard(event: Event) -> None:
@@ -129,21 +141,14 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
         observers: list[Observer] = [log_served, history.observe]
         if metrics is not None:
             observers.append(metrics.observe)
-        headers: Mapping[WorkerId, Mapping[str, str]] = {
-            entry.worker.id: entry.headers for entry in settings.room
-        }
-        nothing: Mapping[str, str] = {}
-
-        def headers_for(worker: Worker) -> Mapping[str, str]:
-            return headers.get(worker.id, nothing)
-
         journey = Journey(
             leases,
-            Relay(upstream, clock, headers_for),
+            relay,
             JourneyPolicy(
                 retry=RetryPolicy(max_retries=settings.max_retries),
                 total_seconds=settings.request_timeout,
                 max_wait_seconds=settings.max_wait,
+                max_wait_batch_seconds=settings.max_wait_seconds_batch,
             ),
             clock=clock,
             chance=chance,
@@ -159,6 +164,7 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
             join=join,
             find=history.find,
             metrics=metrics,
+            secret=secrets.token_bytes(16),
         )
         await stack.enter_async_context(_ticking(leases.tick, TICK_SECONDS))
         await stack.enter_async_context(_ticking(roster.tick, 1.0))
@@ -239,7 +245,10 @@ def _watch_session(settings: Settings) -> aiohttp.ClientSession:
 def _dispatch_policy(settings: Settings) -> DispatchPolicy:
     return DispatchPolicy(
         placement=PlacementPolicy(settings.policy, settings.scorer_weights.model_dump()),
-        admission=AdmissionPolicy(max_waiting=settings.max_queue),
+        admission=AdmissionPolicy(
+            max_waiting=settings.max_queue, max_waiting_batch=settings.max_waiting_batch
+        ),
+        batch=BatchPolicy(reserve=settings.batch_reserve, floor=settings.batch_floor),
         breaker=BreakerPolicy(
             trip_after=settings.breaker_trip_after,
             rest_seconds=settings.breaker_rest,

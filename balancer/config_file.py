@@ -22,11 +22,14 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 from lark import Lark, Token, Transformer, UnexpectedCharacters, UnexpectedInput, UnexpectedToken
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    RootModel,
     ValidationError,
+    ValidationInfo,
     WithJsonSchema,
     field_validator,
     model_validator,
@@ -35,13 +38,15 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import NoDecode
 
 from balancer.core.model import ModelName, Worker, WorkerId
-from balancer.worker_types import DEFAULT_TYPE, WORKER_TYPES
+from balancer.core.placement import POLICIES
+from balancer.worker_types import DEFAULT_TYPE, OLLAMA_DEFAULT_TAG, WORKER_TYPES
 from worker_agent.sources import Network, parse_networks
 
 MAX_FILE_BYTES = 1024 * 1024
 MAX_DEPTH = 32  # the schema needs four levels; the bound keeps hostile nesting off our own stack
 MAX_FAULTS = 50  # of one file; more is not a list that anybody reads
 MAX_WORKERS = 1024
+MAX_ALIASES = 256  # of one worker
 DEFAULT_MAX_CONCURRENT_REQUESTS = 5
 
 
@@ -80,6 +85,17 @@ class ConfigFaults(Exception):
         super().__init__("\n".join(lines))
 
 
+class _Misnamed(ValueError):
+    """A name within a value that does not fit the rest of it: the fault is told where the name stands."""
+
+    def __init__(self, sentence: str, *within: str, key: bool) -> None:
+        super().__init__(sentence)
+        self.within = within
+        """The way from the value to the name."""
+        self.key = key
+        """The name is the key itself, not what stands behind it."""
+
+
 # The schema. The docstrings of the fields are the descriptions in the published JSON schema ...
 
 
@@ -96,6 +112,7 @@ def _printable(value: str) -> str:
 
 
 Name = Annotated[str, Field(min_length=1, max_length=128)]
+PrintableName = Annotated[Name, AfterValidator(_printable)]
 Seconds = Annotated[float, Field(ge=0.1, le=86_400)]
 Weight = Annotated[float, Field(ge=0, le=1000)]
 
@@ -134,21 +151,21 @@ class WorkerEntry(_Strict):
     """Left out: 4100 for agent, 11434 for ollama, 1234 for lm_studio, 8000 for openai."""
     type: Literal["agent", "ollama", "lm_studio", "openai"] = DEFAULT_TYPE
     """How to talk to it. Left out: openai, which every compatible server answers to."""
-    id: Name | None = None
+    id: PrintableName | None = None
     """Its name in logs, metrics and the dashboard. Left out: `host:port`. For an agent: its own id."""
-    model: Name | None = None
+    model: PrintableName | None = None
     """The one model to ask of it. Left out: all models that it reports."""
+    aliases: Annotated[dict[PrintableName, PrintableName], Field(max_length=MAX_ALIASES)] = Field(
+        default_factory=dict
+    )
+    """Further names under which clients may ask, each with this worker's own name of the model: {"qwen":
+    "qwen2.5:7b-instruct-q4_K_M"}. Workers with one alias for their models share the requests for it."""
     max_concurrent_requests: int | None = Field(default=None, ge=1, le=4096)
     """At most so many requests at once. Left out: 5, and for an agent what its engine can do."""
     api_key: SecretReference | None = None
     """Sent as `Authorization: Bearer` to a worker of type openai."""
     tls: bool = False
     """Speak HTTPS to it."""
-
-    @field_validator("id", "model")
-    @classmethod
-    def _named_printably(cls, value: str | None) -> str | None:
-        return value if value is None else _printable(value)
 
     @field_validator("host")
     @classmethod
@@ -160,6 +177,28 @@ class WorkerEntry(_Strict):
         if self.api_key is not None and self.type != "openai":
             raise ValueError(f'api_key is sent to type openai only, this worker is of type "{self.type}"')
         return self
+
+    @model_validator(mode="after")
+    def _aliases_of_what_is_served(self) -> WorkerEntry:
+        if self.model is None:
+            return self
+        for alias, own in self.aliases.items():
+            if self._as_configured(own) != self.model:
+                hint = _did_you_mean(own, [self.model], listed=False) or ': name that, or leave "model" out'
+                raise _Misnamed(
+                    f'the alias {_shown(alias)} is for {_shown(own)}, but "model" of this worker is'
+                    f" {_shown(self.model)}{hint}",
+                    "aliases",
+                    alias,
+                    key=False,
+                )
+        return self
+
+    def _as_configured(self, own: str) -> str:
+        """Ollama's name of a model with its default tag and without it are one name."""
+        if self.model is not None and self.type == "ollama" and _tagged(own) == _tagged(self.model):
+            return self.model
+        return own
 
     @property
     def effective_port(self) -> int:
@@ -181,24 +220,59 @@ class WorkerEntry(_Strict):
             url=f"{'https' if self.tls else 'http'}://{host}:{self.effective_port}",
             cap=cap,
             only=frozenset() if self.model is None else frozenset({ModelName(self.model)}),
+            aliases=tuple(
+                (ModelName(alias), ModelName(self._as_configured(own))) for alias, own in self.aliases.items()
+            ),
         )
 
 
-class ScorerWeights(_Strict):
-    """How much each scorer counts; at least one above 0."""
+def _tagged(name: str) -> str:
+    return name if ":" in name.rpartition("/")[2] else name + OLLAMA_DEFAULT_TAG
 
-    availability: Weight = 0.4
-    """Share of the worker's slots that are free."""
-    success_rate: Weight = 0.4
-    """Share of its latest requests that went well."""
-    response_time: Weight = 0.2
-    """The best average in the room by its own average."""
 
-    @model_validator(mode="after")
-    def _something_counts(self) -> ScorerWeights:
-        if not self.availability + self.success_rate + self.response_time > 0:
+_SCORERS = {
+    "reliability": "Share of its requests that went well, the latest counting most.",
+    "expected_latency": "The least time that the request may take anywhere, by that of this worker.",
+    "availability": "Share of the worker's slots that are free.",
+    "success_rate": "Share of its latest requests that went well.",
+    "response_time": "The best average in the room by its own average.",
+    "idleness": "1 for those with the least share of their slots in use, 0 for others.",
+    "rest": "1 for the one that was picked longest ago, 0 for others.",
+}
+"""What each scorer of any policy looks at, for those who edit the file."""
+
+
+class ScorerWeights(RootModel[dict[str, Weight]]):
+    """How much each scorer of the policy counts; at least one above 0."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        json_schema_extra={
+            "additionalProperties": False,
+            "properties": {
+                name: {"type": "number", "minimum": 0, "maximum": 1000, "description": description}
+                for name, description in _SCORERS.items()
+            },
+        },
+    )
+
+    def of(self, policy: str) -> ScorerWeights:
+        """These, and for what is left out the policy's own.
+
+        Raises `ValueError` for a scorer that the policy does not have, and where all weigh 0.
+        """
+        own = POLICIES[policy].weights
+        for name in self.root:
+            if name not in own:
+                raise _Misnamed(
+                    f"the policy {_shown(policy)} has no scorer {_shown(name)}: expected {' or '.join(own)}",
+                    name,
+                    key=True,
+                )
+        weights = {**own, **self.root}
+        if not any(weights.values()):
             raise ValueError("every scorer weighs 0: expected at least one weight above 0")
-        return self
+        return ScorerWeights(weights)
 
 
 def _default_data_dir() -> Path:
@@ -261,23 +335,39 @@ class Tunables(_Strict):
     max_retries: int = Field(default=3, ge=0, le=20)
     """How often a failed request is tried again, on another worker where there is one."""
     max_queue: int = Field(default=1000, ge=0, le=100_000)
-    """Requests that may wait for room at once; one more is refused."""
+    """Interactive requests that may wait for room at once; one more is refused."""
+    max_waiting_batch: int = Field(default=10_000, ge=0, le=1_000_000)
+    """The same for requests of class batch."""
     max_wait: Seconds = 120.0
-    """Seconds that a request waits for room before it is refused."""
+    """Seconds that an interactive request waits for room before it is refused."""
+    max_wait_seconds_batch: Seconds = 86_400.0
+    """The same for requests of class batch."""
+    batch_reserve: float = Field(default=0.5, ge=0, le=0.9)
+    """Share of each worker's slots that is kept from class batch while chats are active."""
+    batch_floor: float = Field(default=0.05, ge=0, le=0.5)
+    """Share of the room's work that class batch gets even under continuous chats."""
     max_body_mib: int = Field(default=32, ge=1, le=1024)
     """The largest request body, in MiB."""
     max_concurrent_batch: int = Field(default=50, ge=1, le=10_000)
     """Batch lines that are under way at once."""
-    policy: Literal["weighted_random"] = "weighted_random"
-    """How a worker is picked among those that have room."""
-    scorer_weights: ScorerWeights = ScorerWeights()
-    """What the policy weighs, and how much."""
+    policy: Literal["expected_latency", "weighted_random", "least_loaded", "round_robin"] = "expected_latency"
+    """How a worker is picked. expected_latency: by the seconds that the request is expected to take on each,
+    learned from what each has done; the others look only at who is free."""
+    scorer_weights: ScorerWeights = Field(default=ScorerWeights({}), validate_default=True)
+    """How much each scorer of the policy counts; one that is left out has the policy's own weight. In
+    expected_latency a weight is an exponent: the larger, the more often the best worker is picked."""
     breaker_trip_after: int = Field(default=3, ge=1, le=1000)
     """Failures in a row after which a worker is left alone."""
     breaker_rest: Seconds = 10.0
     """Seconds for which it is left alone before a probe."""
     drain_timeout: float = Field(default=30.0, ge=0, le=86_400)
     """Seconds that running requests may still take when the balancer stops."""
+
+    @field_validator("scorer_weights")
+    @classmethod
+    def _weights_of_the_policy(cls, weights: ScorerWeights, info: ValidationInfo) -> ScorerWeights:
+        policy = info.data.get("policy")  # not there: it is at fault itself
+        return weights if policy is None else weights.of(policy)
 
 
 class ConfigFile(Tunables):
@@ -596,6 +686,11 @@ def _wanted(terminals: Iterable[str]) -> str:
 
 def _sentence(details: ErrorDetails, root: _Node) -> _Complaint:
     loc = details["loc"]
+    if loc[-1:] == ("[key]",):  # pydantic's way to say that the key is wrong, not its value
+        name = f"the name {_shown(loc[-2])}"
+        return _find(
+            root, loc[:-1], key=True
+        ), f"{name} cannot be used: expected 1 to 128 printable characters"
     place = _find(root, loc, key=details["type"] == "extra_forbidden")
     subject = _subject(loc)
     match details["type"]:
@@ -605,7 +700,10 @@ def _sentence(details: ErrorDetails, root: _Node) -> _Complaint:
         case "missing":
             return place, f"{subject} is missing: expected {expected(loc)}"
         case "value_error":
-            return place, str(details.get("ctx", {}).get("error", details["msg"]))
+            error = details.get("ctx", {}).get("error", details["msg"])
+            if isinstance(error, _Misnamed):
+                place = _find(root, (*loc, *error.within), key=error.key)
+            return place, str(error)
     choices = _schema_at(loc).get("enum", [])
     hint = _did_you_mean(str(details["input"]), choices, listed=False)
     return place, f"{subject} is {_shown(details['input'])}: expected {expected(loc)}{hint}"
@@ -634,6 +732,8 @@ def _words(schema: Mapping[str, Any]) -> str:
             return "true or false"
         case "array":
             return f"a list in [ ], of at most {schema.get('maxItems', MAX_WORKERS)}"
+        case "object" if "properties" not in schema:
+            return "an object in { } of names, each with " + _words(_resolved(schema["additionalProperties"]))
         case "object":
             return "an object in { } with " + ", ".join(schema.get("properties", {}))
     if "maxLength" in schema:
@@ -649,7 +749,8 @@ def _schema() -> dict[str, Any]:
 def _schema_at(loc: Sequence[str | int]) -> dict[str, Any]:
     schema = _resolved(_schema())
     for part in loc:
-        inner = schema.get("items") if isinstance(part, int) else schema.get("properties", {}).get(part)
+        members = schema.get("properties") or {part: schema.get("additionalProperties")}
+        inner = schema.get("items") if isinstance(part, int) else members.get(part)
         schema = _resolved(inner or {})
     return schema
 

@@ -5,6 +5,7 @@ writes what comes back in OpenAI's forms.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import math
 import re
@@ -31,10 +32,11 @@ from balancer.core.errors import (
     ShuttingDown,
     UnsupportedMedia,
 )
-from balancer.core.model import Endpoint, ModelName, Served, Worker
+from balancer.core.model import Candidate, Choice, Endpoint, ModelName, Served, ServiceClass, Worker
 from balancer.dialects import openai
 from balancer.dialects.framing import event
 from balancer.history import share_of, why
+from balancer.identity import conflicts
 from balancer.journey import ClientLeft, Journey, Story
 from balancer.metrics import CONTENT_TYPE, Metrics
 from worker_agent.sources import Sources
@@ -49,6 +51,9 @@ LARGE_BODY_BYTES = 1024 * 1024
 
 MAX_HOPS = 4
 """A balancer may well be another one's worker; more of them in a row are a circle."""
+
+PRIORITY_HEADER = "X-Priority"
+"""A request's class, by name. Goes on to the worker, which may be a balancer too; others ignore it."""
 
 _HARMLESS_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _REQUEST_ID = web.RequestKey("request_id", str)
@@ -78,15 +83,18 @@ class Front:
         join: Callable[[Join, str], None],
         find: Callable[[str], Served | None],
         metrics: Metrics | None,
+        secret: bytes,
     ) -> None:
         """`join`: what to do with an agent that asks to be watched, and its address. `find`: a finished
-        request by its id. `metrics`: None where they are switched off."""
+        request by its id. `metrics`: None where they are switched off. `secret`: at most 64 bytes, for
+        digests of prompts and keys that tell nothing to others."""
         self._journey = journey
         self._policy = policy
         self._snapshot = snapshot
         self._join = join
         self._find = find
         self._metrics = metrics
+        self._secret = secret
         self.draining = False
         """Set when the balancer is about to end: nothing new is taken, connections are not kept."""
         self._held_bytes = 0
@@ -141,13 +149,12 @@ class Front:
                 )
             if self.draining:
                 raise ShuttingDown("This balancer is about to stop. Try again in a moment.")
+            named_class = _class_in(request)
             body = await self._body(request)
             with self._holding(len(body)):
-                asked = await _parsed(endpoint, body)
+                asked = await _parsed(endpoint, body, self._secret)
                 del body  # from here on it is held as what goes to a worker
-                request_id = _request_id(request)
-                passed_on = {REQUEST_ID_HEADER: request_id, HOPS_HEADER: str(_hops(request) + 1)}
-                story = self._journey.begin(request_id, request.remote or "", passed_on)
+                story = self._story(request, named_class or asked.service_class)
                 request[_STORY] = story
                 if asked.stream:
                     return await self._stream(request, asked, story)
@@ -157,6 +164,16 @@ class Front:
             )
 
         return handle
+
+    def _story(self, request: web.Request, service_class: ServiceClass) -> Story:
+        request_id = _request_id(request)
+        passed_on = {
+            REQUEST_ID_HEADER: request_id,
+            HOPS_HEADER: str(_hops(request) + 1),
+            PRIORITY_HEADER: service_class.value,
+        }
+        asker = _digest_of_key(request, self._secret)
+        return self._journey.begin(request_id, request.remote or "", passed_on, service_class, asker)
 
     async def _stream(self, request: web.Request, asked: openai.Request, story: Story) -> web.StreamResponse:
         delivery = _EventStream(request, story)
@@ -287,11 +304,32 @@ class _EventStream:
                 raise ClientLeft from error
 
 
-async def _parsed(endpoint: Endpoint, body: bytes) -> openai.Request:
+async def _parsed(endpoint: Endpoint, body: bytes, secret: bytes) -> openai.Request:
     """Off the loop where it takes long enough to be felt by others."""
     if len(body) <= LARGE_BODY_BYTES:
-        return openai.parse(endpoint, body)
-    return await asyncio.to_thread(openai.parse, endpoint, body)
+        return openai.parse(endpoint, body, secret)
+    return await asyncio.to_thread(openai.parse, endpoint, body, secret)
+
+
+def _class_in(request: web.Request) -> ServiceClass | None:
+    """As the header names it; None: it does not."""
+    name = request.headers.get(PRIORITY_HEADER)
+    if name is None:
+        return None
+    try:
+        return ServiceClass(name.strip().lower())
+    except ValueError:
+        names = " or ".join(repr(known.value) for known in ServiceClass)
+        raise BadRequest(f"The header {PRIORITY_HEADER} must be {names}, or left out.") from None
+
+
+def _digest_of_key(request: web.Request, secret: bytes) -> str:
+    """What tells clients with different API keys apart; empty: it came without one."""
+    scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not key.strip():
+        return ""
+    digest = hashlib.blake2b(key.strip().encode("utf-8", "surrogateescape"), digest_size=8, key=secret)
+    return f"key {digest.hexdigest()}"
 
 
 def _as_refusal(request: web.Request, error: Exception) -> RequestError:
@@ -340,24 +378,44 @@ def _hops(request: web.Request) -> int:
 
 def _headers(story: Story, attempts: int) -> dict[str, str]:
     """Where the answer comes from, and why. `attempts`: the one that answers included."""
-    reason = ""
-    if story.choice is not None:
-        share = share_of(story.choice, story.choice.worker_id)
-        reason = f"picked with a chance of {share:.0%} among {len(story.choice.candidates)}"
     return {
         REQUEST_ID_HEADER: story.request_id,
         "X-Balancer-Worker": story.worker.id if story.worker else "",
+        "X-Balancer-Model": story.model or "",
         "X-Balancer-Attempts": str(attempts),
-        "X-Balancer-Reason": reason,
+        "X-Balancer-Reason": _reason(story.choice) if story.choice else "",
         "X-Balancer-Queue-Ms": str(round(story.queue_seconds * 1000)),
     }
+
+
+def _reason(choice: Choice) -> str:
+    """A decision in a line, for people."""
+    if not choice.candidates:
+        return choice.because
+    share = share_of(choice, choice.worker_id)
+    reason = f"picked with a chance of {share:.0%} among {len(choice.candidates)}"
+    picked = next((one for one in choice.candidates if one.worker_id == choice.worker_id), None)
+    if picked is not None:
+        reason += _expectation(picked)
+    return f"{choice.because}; {reason}" if choice.because else reason
+
+
+def _expectation(picked: Candidate) -> str:
+    words = ""
+    if picked.expected_seconds is not None:
+        words += f", expected to cost {picked.expected_seconds:.3g} s"
+    if picked.cached_tokens:
+        words += f", taken to remember {picked.cached_tokens} tokens of the prompt"
+    return words
 
 
 def room_body(room: Snapshot) -> Mapping[str, object]:
     """The room as JSON, for `/health`."""
     return {
         "waiting": room.waiting,
+        "waiting_batch": room.waiting_batch,
         "running": room.running,
+        "warnings": conflicts(room.models),
         "workers": [
             {
                 "id": view.worker.id,
@@ -371,6 +429,8 @@ def room_body(room: Snapshot) -> Mapping[str, object]:
                 "models": view.models,
                 "success_rate": round(view.success_rate, 4),
                 "average_seconds": view.average_seconds,
+                "prefill_tokens_per_second": _rounded(view.prefill_tokens_per_second),
+                "tokens_per_second": _rounded(view.tokens_per_second),
                 "engine": view.engine,
                 "hardware": view.hardware,
                 "advice": view.advice,
@@ -378,6 +438,10 @@ def room_body(room: Snapshot) -> Mapping[str, object]:
             for view in room.workers
         ],
     }
+
+
+def _rounded(number: float | None) -> float | None:
+    return None if number is None else round(number, 1)
 
 
 def _json(body: object, status: int = 200) -> web.Response:

@@ -42,6 +42,8 @@ def why(served: Served) -> dict[str, Any]:
         "error": served.error or None,
         "queue_seconds": round(served.queue_seconds, 6),
         "seconds": round(served.seconds, 6),
+        "service_class": served.service_class.value,
+        "warm_ups": served.warm_ups,
         "attempts": [_attempt(attempt) for attempt in served.attempts],
     }
 
@@ -50,12 +52,14 @@ def _attempt(attempt: Attempt) -> dict[str, Any]:
     measures = attempt.measures
     return {
         "worker": attempt.worker_id,
+        "because": attempt.choice.because or None,
         "ended": attempt.cause or "answered",
         "detail": attempt.detail,
         "waited_seconds": round(attempt.waited, 6),
         "seconds": round(measures.seconds, 6),
         "first_byte_seconds": measures.first_byte,
         "prompt_tokens": measures.prompt_tokens,
+        "cached_tokens": measures.cached_tokens,
         "output_tokens": measures.output_tokens,
         "candidates": [
             {
@@ -63,6 +67,8 @@ def _attempt(attempt: Attempt) -> dict[str, Any]:
                 "scores": {name: round(score, 4) for name, score in candidate.scores.items()},
                 "weight": round(candidate.weight, 4),
                 "share": round(share_of(attempt.choice, candidate.worker_id), 4),
+                "expected_seconds": candidate.expected_seconds,
+                "expected_cached_tokens": candidate.cached_tokens,
             }
             for candidate in attempt.choice.candidates
         ],
@@ -73,6 +79,8 @@ def _attempt(attempt: Attempt) -> dict[str, Any]:
 def share_of(choice: Choice, worker_id: str) -> float:
     """How likely this candidate was to be picked, 0 to 1."""
     weights = {candidate.worker_id: candidate.weight for candidate in choice.candidates}
+    if not weights:  # it was settled before any candidates were looked at
+        return float(worker_id == choice.worker_id)
     total = sum(weights.values())
     if total <= 0:
         return 1 / len(weights)

@@ -4,6 +4,9 @@
              ^                                          |
              +---- after a pause, elsewhere ------------+---- or an error in the client's words
 
+A slot may be for less than an attempt: a part of the prompt is read ahead, and the ask goes back into its
+place in line. Or there may be a second one for the same ask, on another worker: the first answer counts.
+
 Nothing here knows HTTP frameworks or sockets: a front gives it a checked request and, for a client that
 streams, a `Delivery`.
 """
@@ -12,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from balancer.core.dispatcher import Chance
@@ -29,22 +32,27 @@ from balancer.core.model import (
     Ask,
     Attempt,
     Choice,
+    ModelName,
     Needs,
     Refusal,
     Refuse,
     Served,
+    ServiceClass,
     Verdict,
     Worker,
     WorkerId,
 )
 from balancer.core.retry import CAUSES, Cause, RetryPolicy, Tried, after
 from balancer.dialects.openai import Request
-from balancer.leases import Abandoned, Lease, Leases, Refused
+from balancer.leases import Abandoned, Lease, Leases, Refused, Stop
 from balancer.relay import Delivery, Outcome, Progress, Relay
 
 log = logging.getLogger(__name__)
 
 Observer = Callable[[Served], None]
+
+LARGE_BODY_BYTES = 1024 * 1024
+"""To shorten so long a request takes about 10 ms."""
 
 
 class ClientLeft(Exception):
@@ -58,6 +66,8 @@ class JourneyPolicy:
     """From the first slot to the end of the answer, retries included. Waiting in line has its own bound."""
     max_wait_seconds: float = 120.0
     """In line, per attempt."""
+    max_wait_batch_seconds: float = 86_400.0
+    """The same for asks of class batch, which wait for what others leave."""
 
 
 @dataclass(slots=True)
@@ -68,13 +78,33 @@ class Story:
     client: str
     passed_on: Mapping[str, str]
     began: float
+    service_class: ServiceClass
+    asker: str
+    """Who shares what the room has with others: a digest of the API key, else the address."""
     attempts: list[Attempt] = field(default_factory=list)
     """Those that have ended."""
     worker: Worker | None = None
     """Who has it now, or had it last."""
     choice: Choice | None = None
     """And why."""
+    model: ModelName | None = None
+    """As this worker calls it."""
     queue_seconds: float = 0.0
+    warm_ups: int = 0
+
+    def with_worker(self, worker: Worker, choice: Choice, model: ModelName) -> None:
+        self.worker, self.choice, self.model = worker, choice, model
+
+
+@dataclass(slots=True)
+class _Call:
+    """What all attempts at a request have in common."""
+
+    request: Request
+    story: Story
+    delivery: Delivery | None
+    limit: asyncio.Timeout
+    failed: list[Tried] = field(default_factory=list)
 
 
 class Journey:
@@ -105,9 +135,17 @@ class Journey:
         """Requests that have not ended, wherever they stand."""
         return self._under_way
 
-    def begin(self, request_id: str, client: str, passed_on: Mapping[str, str]) -> Story:
-        """`client`: its address. `passed_on`: headers for whichever worker gets the request."""
-        return Story(request_id, client, passed_on, self._clock())
+    def begin(
+        self,
+        request_id: str,
+        client: str,
+        passed_on: Mapping[str, str],
+        service_class: ServiceClass = ServiceClass.INTERACTIVE,
+        asker: str = "",
+    ) -> Story:
+        """`client`: its address. `passed_on`: headers for whichever worker gets the request. `asker`: who is
+        treated as one by fairness; the address, if empty."""
+        return Story(request_id, client, passed_on, self._clock(), service_class, asker or client)
 
     async def serve(self, request: Request, story: Story, delivery: Delivery | None) -> bytes | None:
         """The answer in one piece; None when it went to the delivery.
@@ -136,18 +174,18 @@ class Journey:
 
     async def _answer(self, request: Request, story: Story, delivery: Delivery | None) -> bytes | None:
         needs = Needs(model=request.model, endpoint=request.endpoint)
-        tried: list[Tried] = []
         try:
             async with asyncio.timeout(None) as limit:
+                call = _Call(request, story, delivery, limit)
                 while True:
-                    outcome = await self._attempt(request, needs, story, delivery, limit)
+                    outcome = await self._attempt(call, needs)
+                    if outcome is None:
+                        continue
                     if outcome.cause is None:
                         return outcome.answer
-                    worker_id = story.attempts[-1].worker_id
-                    tried.append(Tried(worker_id, outcome.cause))
-                    again = after(self._policy.retry, tried, self._chance.random())
+                    again = after(self._policy.retry, call.failed, self._chance.random())
                     if again is None:
-                        raise _failure(outcome, worker_id, len(tried))
+                        raise _failure(outcome, call.failed[-1].worker_id, len(call.failed))
                     await asyncio.sleep(again.delay)
                     needs = replace(needs, avoid=again.avoid)
         except TimeoutError:
@@ -158,54 +196,115 @@ class Journey:
                 "Ask for fewer tokens, or raise REQUEST_TIMEOUT."
             ) from None
 
-    async def _attempt(
-        self,
-        request: Request,
-        needs: Needs,
-        story: Story,
-        delivery: Delivery | None,
-        limit: asyncio.Timeout,
-    ) -> Outcome:
+    async def _attempt(self, call: _Call, needs: Needs) -> Outcome | None:
+        """None: a part of the prompt was read ahead, and the request has yet to be answered."""
         waiting_since = self._clock()
-        ask = Ask(
+        try:
+            async with self._leases.acquire(self._ask(call, needs, waiting_since)) as lease:
+                granted = self._clock()
+                waited = granted - waiting_since
+                call.story.queue_seconds += waited
+                if call.limit.when() is None:
+                    call.limit.reschedule(granted + self._policy.total_seconds)
+                warmed = await self._warm_up(call, lease, waited)
+                if warmed is None:
+                    return await self._answered_first(call, lease, waited)
+                if warmed.cause is not None:
+                    return warmed
+                if not call.failed:
+                    call.limit.reschedule(None)  # the answer has not been begun
+                return None
+        except Refused as refused:
+            raise _refused(refused.refuse, call.request, self._longest_wait(call.story)) from None
+
+    def _ask(self, call: _Call, needs: Needs, now: float) -> Ask:
+        story = call.story
+        return Ask(
             needs=needs,
             arrived=story.began,
-            deadline=waiting_since + self._policy.max_wait_seconds,
-            admitted=bool(story.attempts),
+            deadline=now + self._longest_wait(story),
+            admitted=bool(story.attempts or story.warm_ups),
+            service_class=story.service_class,
+            client=story.asker,
+            prompt=call.request.prompt,
+            max_output=call.request.max_output,
+            replayable=call.delivery is None,
         )
+
+    def _longest_wait(self, story: Story) -> float:
+        if story.service_class is ServiceClass.BATCH:
+            return self._policy.max_wait_batch_seconds
+        return self._policy.max_wait_seconds
+
+    # One slot ...
+
+    async def _warm_up(self, call: _Call, lease: Lease, waited: float) -> Outcome | None:
+        """How reading ahead went, if the slot is for that. None: the slot is there for the whole request."""
+        if lease.grant.warm_chars is None:
+            return None
+        part = await _beginning(call.request, lease.grant.warm_chars)
+        if part is None:
+            return None
+        outcome = await self._relayed(call, lease, waited, part)
+        # What an engine does not take in parts (its template wants a question, say), it may take as a whole.
+        return None if outcome.cause is Cause.REJECTED else outcome
+
+    async def _answered_first(self, call: _Call, lease: Lease, waited: float) -> Outcome:
+        """The request on the worker of this lease, and on further ones that may be given to it meanwhile."""
+        if call.delivery is not None:
+            return await self._relayed(call, lease, waited)
+        return await _Race(lease, lambda copy: self._relayed(call, copy, 0.0)).first()
+
+    async def _relayed(
+        self, call: _Call, lease: Lease, waited: float, part: Request | None = None
+    ) -> Outcome:
+        """One attempt at the request, or at the part of it that is to be read ahead; gives the slot back."""
+        request, delivery = (call.request, call.delivery) if part is None else (part, None)
+        progress = Progress(self._clock(), lease.begin)
+        lease.answer = progress
+        model = lease.grant.model or request.model
+        call.story.with_worker(lease.worker, lease.choice, model)
         outcome = Outcome(cause=Cause.LEFT)
         try:
-            async with self._leases.acquire(ask) as lease:
-                granted = self._clock()
-                progress = Progress(granted)
-                story.worker, story.choice = lease.worker, lease.choice
-                story.queue_seconds += granted - waiting_since
-                if limit.when() is None:
-                    limit.reschedule(granted + self._policy.total_seconds)
-                try:
-                    outcome = await self._relay.attempt(
-                        lease.worker, request, story.passed_on, delivery, progress
-                    )
-                except (asyncio.CancelledError, ClientLeft):
-                    outcome = _interrupted(lease, delivery, overdue=limit.expired())
-                    raise
-                finally:
-                    self._note(story, lease, outcome, progress, granted - waiting_since)
-        except Refused as refused:
-            raise _refused(refused.refuse, request) from None
-        except Abandoned:
-            pass  # the worker was lost under the attempt: what follows is decided as after any failure
+            async with lease.held():
+                outcome = await self._relay.attempt(
+                    lease.worker, model, request, call.story.passed_on, delivery, progress
+                )
+        except Abandoned as abandoned:
+            outcome = _stopped(abandoned, delivery)
+        except (asyncio.CancelledError, ClientLeft):
+            outcome = Outcome(cause=Cause.OVERDUE if call.limit.expired() else Cause.LEFT)
+            raise
+        finally:
+            self._note(call, lease, outcome, progress, waited, is_part=part is not None)
+        if outcome.cause is None:  # a copy may have begun since
+            call.story.with_worker(lease.worker, lease.choice, model)
         return outcome
 
-    def _note(self, story: Story, lease: Lease, outcome: Outcome, progress: Progress, waited: float) -> None:
+    def _note(
+        self,
+        call: _Call,
+        lease: Lease,
+        outcome: Outcome,
+        progress: Progress,
+        waited: float,
+        *,
+        is_part: bool,
+    ) -> None:
         """An attempt has ended, one way or another: tell its lease, and write it down."""
         measures = progress.measures(self._clock())
+        if is_part and outcome.cause is Cause.REJECTED:
+            return  # the whole follows in the same slot
         lease.settle(
             _verdict(outcome.cause, progress),
             measures,
             unreachable=outcome.cause is Cause.UNREACHABLE,
             hold_seconds=outcome.hold_seconds,
         )
+        lease.give_back()
+        if is_part and outcome.cause is None:
+            call.story.warm_ups += 1
+            return
         attempt = Attempt(
             worker_id=lease.worker.id,
             choice=lease.choice,
@@ -214,11 +313,13 @@ class Journey:
             detail=outcome.detail,
             measures=measures,
         )
-        story.attempts.append(attempt)
+        call.story.attempts.append(attempt)
         if outcome.cause is not None:
+            if outcome.cause is not Cause.OUTRUN:
+                call.failed.append(Tried(lease.worker.id, outcome.cause))
             log.info(
                 "request %s: attempt %d on %s ended, %s%s",
-                *(story.request_id, len(story.attempts), attempt.worker_id, attempt.cause),
+                *(call.story.request_id, len(call.story.attempts), attempt.worker_id, attempt.cause),
                 f": {outcome.detail}" if outcome.detail else "",
             )
 
@@ -234,12 +335,64 @@ class Journey:
             seconds=self._clock() - story.began,
             status=status,
             error=error,
+            service_class=story.service_class,
+            warm_ups=story.warm_ups,
         )
         for observe in self._observers:
             observe(served)
 
 
-def _refused(refuse: Refuse, request: Request) -> RequestError:
+class _Race:
+    """An attempt, and copies of it that may come while it runs."""
+
+    def __init__(self, lease: Lease, attempt: Callable[[Lease], Awaitable[Outcome]]) -> None:
+        self._lease = lease
+        self._attempt = attempt
+        self._copies: dict[asyncio.Future[Outcome], Lease] = {}
+
+    async def first(self) -> Outcome:
+        """The first whole answer, else the last failure. No attempt outlives this."""
+        self._lease.on_copy = self._start
+        running: set[asyncio.Future[Outcome]] = set()
+        try:
+            outcome = await self._attempt(self._lease)
+            running = set(self._copies)
+            while outcome.cause is not None and running:
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for copy in done:
+                    outcome = copy.result() if outcome.cause is not None else outcome
+        except BaseException:
+            for copy in self._copies:
+                copy.cancel()
+            raise
+        else:
+            for lease in self._copies.values():
+                lease.stop(Stop.OUTRUN)
+            return outcome
+        finally:
+            self._lease.on_copy = None
+            if self._copies:
+                await asyncio.wait(self._copies)
+
+    def _start(self, lease: Lease) -> None:
+        copy = asyncio.ensure_future(self._attempt(lease))
+        self._copies[copy] = lease
+        copy.add_done_callback(self._ended)
+
+    def _ended(self, copy: asyncio.Future[Outcome]) -> None:
+        self._copies[copy].give_back()  # a task that is cancelled before it begins runs no line
+        if not copy.cancelled() and copy.exception() is None and copy.result().cause is None:
+            self._lease.stop(Stop.OUTRUN)
+
+
+async def _beginning(request: Request, chars: int) -> Request | None:
+    """Off the loop where it takes long enough to be felt by others."""
+    if len(request.body) <= LARGE_BODY_BYTES:
+        return request.beginning(chars)
+    return await asyncio.to_thread(request.beginning, chars)
+
+
+def _refused(refuse: Refuse, request: Request, longest_wait: float) -> RequestError:
     wait = refuse.retry_after
     match refuse.refusal:
         case Refusal.MODEL_NOT_FOUND:
@@ -265,6 +418,12 @@ def _refused(refuse: Refuse, request: Request) -> RequestError:
             )
         case Refusal.QUEUE_FULL:
             return QueueFull(f"The waiting line is full. Try again in {wait:.0f} s.", wait)
+        case Refusal.WOULD_WAIT_TOO_LONG:
+            return QueueFull(
+                f"There is so much work ahead of this request that its turn would not come within "
+                f"{longest_wait:.0f} s. Try again in {wait:.0f} s.",
+                wait,
+            )
         case Refusal.WAITED_TOO_LONG:
             return NoRoom(
                 f"No worker had room for the model {request.model!r} in time"
@@ -294,12 +453,14 @@ def _failure(outcome: Outcome, worker_id: WorkerId, attempts: int) -> RequestErr
             return WorkerFailed(f"Tried {times}; no worker answered, the last was {last}.")
 
 
-def _interrupted(lease: Lease, delivery: Delivery | None, *, overdue: bool) -> Outcome:
-    """An attempt that was ended from outside: its worker was lost, its time was over, or its client left."""
-    if lease.lost:
-        cut = delivery is not None and delivery.begun
-        return Outcome(cause=Cause.CUT if cut else Cause.LOST, detail=lease.lost)
-    return Outcome(cause=Cause.OVERDUE if overdue else Cause.LEFT)
+def _stopped(abandoned: Abandoned, delivery: Delivery | None) -> Outcome:
+    """An attempt that was ended from outside: its worker was given up, or somebody else was faster."""
+    if abandoned.stop is Stop.OUTRUN:
+        return Outcome(cause=Cause.OUTRUN, detail="another worker answered first")
+    if delivery is not None and delivery.begun:
+        return Outcome(cause=Cause.CUT, detail=abandoned.reason)
+    silent = abandoned.stop is Stop.SILENT
+    return Outcome(cause=Cause.SILENT if silent else Cause.LOST, detail=abandoned.reason)
 
 
 def _verdict(cause: Cause | None, progress: Progress) -> Verdict:

@@ -1,33 +1,47 @@
 """Awaiting a slot on a worker and giving it back: the dispatcher's commands, performed.
 
-Whoever leaves `acquire`, by return, error or cancellation, waiting or holding, gives back on one path.
+Whoever leaves `acquire`, by return, error or cancellation, waiting or holding, gives back on one path. What
+the dispatcher wants to know of a worker for itself is asked here too, in tasks that end with the block.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
 from itertools import count
+from types import TracebackType
+from typing import Protocol, Self
 
 from balancer.core.dispatcher import Dispatcher, Snapshot
 from balancer.core.model import (
     Abandon,
     Arrived,
     Ask,
+    Began,
     Choice,
+    Command,
     Ended,
     Event,
+    Gone,
     Grant,
+    Lost,
     Measures,
     ModelName,
+    Probe,
     Refuse,
     Tick,
     Ticket,
     Verdict,
     Worker,
 )
+
+log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.25
 """How late a refusal after too long a wait, or the end of a breaker's rest, may be noticed."""
@@ -41,23 +55,63 @@ class Refused(Exception):
         self.refuse = refuse
 
 
+class Stop(Enum):
+    """Why an attempt is ended from outside."""
+
+    LOST = "lost"
+    """Nothing is heard of its worker."""
+    SILENT = "silent"
+    """Its worker is there, but says nothing more of this answer."""
+    OUTRUN = "outrun"
+    """Another attempt at the same ask has answered."""
+
+
 class Abandoned(Exception):
-    """The worker of a lease was lost while the lease was held; `Lease.lost` says why."""
+    """An attempt was ended from outside; `reason` is for people."""
+
+    def __init__(self, stop: Stop, reason: str) -> None:
+        super().__init__(reason)
+        self.stop = stop
+        self.reason = reason
 
 
-@dataclass(slots=True)
+class Answer(Protocol):
+    """What grows while a lease is held."""
+
+    @property
+    def tokens(self) -> int:
+        """That have come until now."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
 class Lease:
-    """A slot on a worker, held until its block ends."""
+    """A slot on a worker, held until it is given back."""
 
-    worker: Worker
-    choice: Choice
-    lost: str = ""
-    """Why the worker is lost, if it was while the lease was held."""
-    _scope: asyncio.Timeout = field(default_factory=lambda: asyncio.timeout(None))
-    _verdict: Verdict = Verdict.UNKNOWN
-    _measures: Measures | None = None
-    _unreachable: bool = False
-    _hold_seconds: float | None = None
+    grant: Grant
+    _tell: Callable[[Event], None]
+    _give_back: Callable[[Lease], None]
+    answer: Answer | None = None
+    """Watched, once it is set: the dispatcher is told how it grows."""
+    on_copy: Callable[[Lease], None] | None = None
+    """Who takes a second slot for the same ask, and gives it back; None: there is no use for one."""
+    stopped: Stop | None = None
+    _reason: str = ""
+    _scope: asyncio.Timeout | None = None
+    _settled: Ended | None = None
+    _told: int = 0
+
+    @property
+    def worker(self) -> Worker:
+        return self.grant.worker
+
+    @property
+    def choice(self) -> Choice:
+        return self.grant.choice
+
+    def begin(self) -> None:
+        """The first token has come."""
+        self._tell(Began(self.grant.ticket))
 
     def settle(
         self,
@@ -68,91 +122,176 @@ class Lease:
         hold_seconds: float | None = None,
     ) -> None:
         """Say how the attempt went. Left unsaid (the client left, say), nothing is learned of the worker."""
-        self._verdict, self._measures = verdict, measures
-        self._unreachable, self._hold_seconds = unreachable, hold_seconds
+        self._settled = Ended(self.grant.ticket, verdict, measures, unreachable, hold_seconds)
 
-    def abandon(self, reason: str, now: float) -> None:
-        """The worker is lost: ends the block of `held`. Once is enough."""
-        if not self.lost:
-            self.lost = reason
-            self._scope.reschedule(now)
+    def give_back(self) -> None:
+        """The slot is free for others. Happens once, however often it is called."""
+        self._give_back(self)
+
+    def stop(self, stop: Stop, reason: str = "") -> None:
+        """Ends the block of `held`, now or as soon as it begins. The first reason counts."""
+        if self.stopped is None:
+            self.stopped, self._reason = stop, reason
+            if self._scope is not None:
+                self._scope.reschedule(asyncio.get_running_loop().time())
 
     @asynccontextmanager
     async def held(self) -> AsyncIterator[None]:
-        """Raises `Abandoned` out of the block when the worker is lost meanwhile."""
+        """Raises `Abandoned`, out of the block too, when the attempt is ended from outside."""
+        if self.stopped is not None:
+            raise Abandoned(self.stopped, self._reason)
         try:
-            async with self._scope:
+            async with asyncio.timeout(None) as self._scope:
                 yield
         except TimeoutError:
-            if not self.lost:
+            if self.stopped is None:
                 raise
-            raise Abandoned(self.lost) from None
+            raise Abandoned(self.stopped, self._reason) from None
+        finally:
+            self._scope = None
 
-    def ended(self, ticket: Ticket) -> Ended:
-        return Ended(
-            ticket,
-            Verdict.BAD if self.lost else self._verdict,
-            self._measures,
-            unreachable=self._unreachable,
-            hold_seconds=self._hold_seconds,
+    def grown(self) -> int | None:
+        """Tokens that have come; None: no more than when this was last asked."""
+        tokens = self.answer.tokens if self.answer is not None else 0
+        if tokens <= self._told:
+            return None
+        self._told = tokens
+        return tokens
+
+    def ended(self) -> Ended:
+        return self._settled or Ended(
+            self.grant.ticket,
+            Verdict.BAD if self.stopped in (Stop.LOST, Stop.SILENT) else Verdict.UNKNOWN,
         )
 
 
 class Leases:
-    def __init__(self, dispatcher: Dispatcher, clock: Callable[[], float]) -> None:
-        """`clock`: the loop's own, monotonic, in seconds."""
+    """Use it as an asynchronous context manager: leaving the block ends the probes that are under way."""
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        clock: Callable[[], float],
+        probe: Callable[[Probe], Awaitable[Ended]],
+    ) -> None:
+        """`clock`: the loop's own, monotonic, in seconds. `probe`: performs one, and says how it went."""
         self._dispatcher = dispatcher
         self._clock = clock
+        self._probe = probe
         self._tickets = count(1)
-        self._waiting: dict[Ticket, asyncio.Future[Grant | Refuse]] = {}
+        self._waiting: dict[Ticket, asyncio.Future[Lease | Refuse]] = {}
         self._held: dict[Ticket, Lease] = {}
+        self._probes: set[asyncio.Future[Ended]] = set()
+        self._closing = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closing = True
+        for task in self._probes:
+            task.cancel()
+        await asyncio.gather(*self._probes, return_exceptions=True)
 
     def tell(self, event: Event) -> None:
         """Something happened in the room; whatever follows is done before this returns."""
-        for command in self._dispatcher.handle(event, self._clock()):
-            match command:
-                case Grant(ticket):
-                    self._answer(ticket, command)
-                case Refuse(ticket=ticket):
-                    self._answer(ticket, command)
-                case Abandon(ticket, reason):
-                    if (lease := self._held.get(ticket)) is not None:
-                        lease.abandon(reason, self._clock())
+        events = deque([event])
+        while events:
+            event = events.popleft()
+            for command in self._dispatcher.handle(event, self._clock()):
+                events.extend(self._perform(command, event))
 
-    def _answer(self, ticket: Ticket, answer: Grant | Refuse) -> None:
-        future = self._waiting.get(ticket)
-        if future is not None and not future.done():  # else its waiter is leaving, and says so with `Ended`
+    def _perform(self, command: Command, because_of: Event) -> list[Event]:
+        """Gives what is to be told at once."""
+        match command:
+            case Grant(copy_of=None):
+                self._hand_over(command)
+            case Grant():
+                return self._hand_over_copy(command)
+            case Refuse(ticket=ticket):
+                self._answer(ticket, command)
+            case Abandon(ticket, reason):
+                if (lease := self._held.get(ticket)) is not None:
+                    # Else the dispatcher itself has found that nothing comes.
+                    told = isinstance(because_of, Lost | Gone)
+                    lease.stop(Stop.LOST if told else Stop.SILENT, reason)
+            case Probe() if not self._closing:
+                self._start(command)
+        return []
+
+    # Slots for those who wait
+
+    def _hand_over(self, grant: Grant) -> None:
+        if grant.ticket in self._waiting:  # else its waiter is leaving, and says so with `Ended`
+            self._answer(grant.ticket, self._lease(grant))
+
+    def _answer(self, ticket: Ticket, answer: Lease | Refuse) -> None:
+        future = self._waiting.pop(ticket, None)
+        if future is not None and not future.done():
             future.set_result(answer)
+
+    def _lease(self, grant: Grant) -> Lease:
+        lease = self._held[grant.ticket] = Lease(grant, self.tell, self._end_lease)
+        return lease
+
+    def _hand_over_copy(self, grant: Grant) -> list[Event]:
+        original = self._held.get(grant.copy_of) if grant.copy_of is not None else None
+        if original is None or original.on_copy is None:
+            return [Ended(grant.ticket)]
+        original.on_copy(self._lease(grant))
+        return []
 
     @asynccontextmanager
     async def acquire(self, ask: Ask) -> AsyncIterator[Lease]:
-        """A slot on a worker, as soon as one that fits has room.
+        """A slot on a worker, as soon as one that fits has room; given back with the block at the latest.
 
-        Raises `Refused`; and out of the block, when the worker is lost meanwhile, `Abandoned`.
+        Raises `Refused`.
         """
         ticket = Ticket(next(self._tickets))
-        answered: asyncio.Future[Grant | Refuse] = asyncio.get_running_loop().create_future()
+        answered: asyncio.Future[Lease | Refuse] = asyncio.get_running_loop().create_future()
         self._waiting[ticket] = answered
-        ended = Ended(ticket)
         try:
             self.tell(Arrived(ticket, ask))
-            grant = await answered
-            if isinstance(grant, Refuse):
-                raise Refused(grant)
-            lease = self._held[ticket] = Lease(grant.worker, grant.choice)
-            try:
-                async with lease.held():
-                    yield lease
-            finally:
-                ended = lease.ended(ticket)
+            answer = await answered
+            if isinstance(answer, Refuse):
+                raise Refused(answer)
+            yield answer
         finally:
-            del self._waiting[ticket]
-            self._held.pop(ticket, None)
-            self.tell(ended)
+            if self._waiting.pop(ticket, None) is not None:
+                self.tell(Ended(ticket))
+            elif (lease := self._held.get(ticket)) is not None:
+                self._end_lease(lease)
+
+    def _end_lease(self, lease: Lease) -> None:
+        if self._held.pop(lease.grant.ticket, None) is not None:
+            self.tell(lease.ended())
+
+    # Probes
+
+    def _start(self, probe: Probe) -> None:
+        task = asyncio.ensure_future(self._probe(probe))
+        self._probes.add(task)
+        # Not in the task itself: one that is cancelled before it begins runs no line.
+        task.add_done_callback(partial(self._probed, probe))
+
+    def _probed(self, probe: Probe, task: asyncio.Future[Ended]) -> None:
+        self._probes.discard(task)
+        if task.cancelled():
+            self.tell(Ended(probe.ticket))
+        elif (defect := task.exception()) is not None:
+            log.error("a defect of the balancer, in probing %s", probe.worker.id, exc_info=defect)
+            self.tell(Ended(probe.ticket, Verdict.BAD))  # lest it is probed again at once, and so for ever
+        else:
+            self.tell(task.result())
+
+    # The room
 
     def tick(self) -> None:
         """Time has passed; call it every TICK_SECONDS."""
-        self.tell(Tick())
+        grown = ((ticket, lease.grown()) for ticket, lease in self._held.items())
+        self.tell(Tick({ticket: tokens for ticket, tokens in grown if tokens is not None}))
 
     def serves(self, model: ModelName) -> bool:
         """Whether some worker of the room has this model."""

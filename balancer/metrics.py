@@ -51,7 +51,7 @@ class Metrics:
         self._queue = Histogram(
             "balancer_queue_seconds",
             "Time in the waiting line.",
-            labels,
+            (*labels, "class"),
             buckets=SECONDS,
             registry=self._registry,
         )
@@ -59,6 +59,18 @@ class Metrics:
             "balancer_tokens",
             "Tokens, as workers count them.",
             ("model", "worker", "direction"),
+            registry=self._registry,
+        )
+        self._cached = Counter(
+            "balancer_prompt_cached_tokens",
+            "Of the prompts' tokens, those that workers remembered (where they tell).",
+            ("model", "worker"),
+            registry=self._registry,
+        )
+        self._warm_ups = Counter(
+            "balancer_warm_ups",
+            "Parts of prompts that were read ahead.",
+            ("model",),
             registry=self._registry,
         )
         self._registry.register(_Room(snapshot))
@@ -69,7 +81,8 @@ class Metrics:
         endpoint = served.endpoint.value
         self._requests.labels(model, endpoint, str(served.status), served.error).inc()
         self._seconds.labels(model, endpoint).observe(served.seconds)
-        self._queue.labels(model, endpoint).observe(served.queue_seconds)
+        self._queue.labels(model, endpoint, served.service_class.value).observe(served.queue_seconds)
+        self._warm_ups.labels(model).inc(served.warm_ups)
         for attempt in served.attempts:
             self._attempts.labels(attempt.worker_id, attempt.cause or "answered").inc()
             measures = attempt.measures
@@ -77,6 +90,8 @@ class Metrics:
                 self._first_byte.labels(model, attempt.worker_id).observe(measures.first_byte)
             if measures.prompt_tokens is not None:
                 self._tokens.labels(model, attempt.worker_id, "prompt").inc(measures.prompt_tokens)
+            if measures.cached_tokens is not None:
+                self._cached.labels(model, attempt.worker_id).inc(measures.cached_tokens)
             if measures.output_tokens is not None:
                 self._tokens.labels(model, attempt.worker_id, "output").inc(measures.output_tokens)
 

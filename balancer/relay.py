@@ -7,6 +7,8 @@ a stream shows whether the answer is whole.
 
 from __future__ import annotations
 
+import asyncio
+import secrets
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -15,7 +17,7 @@ from typing import Protocol
 import orjson
 
 from balancer.core.errors import Rejected
-from balancer.core.model import Endpoint, Measures, Worker
+from balancer.core.model import Ended, Endpoint, Measures, ModelName, Probe, Verdict, Worker
 from balancer.core.retry import Cause
 from balancer.dialects.framing import EventFrames, FramingError, event
 from balancer.dialects.openai import (
@@ -27,6 +29,7 @@ from balancer.dialects.openai import (
     Usage,
     parse_whole,
     read_complaint,
+    trial,
 )
 from balancer.upstream import Broke, Response, Silent, Unreachable, Upstream, UpstreamError
 from balancer.worker_types import WORKER_TYPES
@@ -39,6 +42,9 @@ MAX_UNBEGUN_BYTES = 1024 * 1024
 
 LONGEST_HOLD_SECONDS = 60.0
 """A worker may ask to be left alone for so long; asked for more, we look in earlier."""
+
+PROBE_SECONDS = 30.0
+"""A worker that needs longer for a word is not well."""
 
 
 class Delivery(Protocol):
@@ -88,14 +94,25 @@ class Progress:
     """How far an attempt has come; whoever interrupts it finds here what was measured until then."""
 
     began: float
+    on_first: Callable[[], None] = lambda: None
+    """Called once, when the first token has come."""
     first_byte: float | None = None
+    tokens: int = 0
+    """Of the answer until now."""
     usage: Usage = field(default_factory=Usage)
+
+    def first(self, now: float) -> None:
+        """A token has come; only the first matters."""
+        if self.first_byte is None:
+            self.first_byte = now - self.began
+            self.on_first()
 
     def measures(self, now: float) -> Measures:
         return Measures(
             seconds=now - self.began,
             first_byte=self.first_byte,
             prompt_tokens=self.usage.prompt_tokens,
+            cached_tokens=self.usage.cached_tokens,
             output_tokens=self.usage.output_tokens,
         )
 
@@ -115,15 +132,17 @@ class Relay:
     async def attempt(
         self,
         worker: Worker,
+        model: ModelName,
         request: Request,
         passed_on: Mapping[str, str],
         delivery: Delivery | None,
         progress: Progress,
     ) -> Outcome:
-        """Never raises for what a worker does. `passed_on`: headers that go from the client's request to
-        the worker's. `delivery`: for a client that streams; else the answer comes with the outcome."""
+        """Never raises for what a worker does. `model`: as the worker calls it. `passed_on`: headers that go
+        from the client's request to the worker's. `delivery`: for a client that streams; else the answer
+        comes with the outcome."""
         try:
-            answer = await self._exchange(worker, request, passed_on, delivery, progress)
+            answer = await self._exchange(worker, model, request, passed_on, delivery, progress)
         except Failed as failed:
             cut = delivery is not None and delivery.begun
             return Outcome(
@@ -135,9 +154,28 @@ class Relay:
             )
         return Outcome(cause=None, answer=answer)
 
+    async def probe(self, probe: Probe) -> Ended:
+        """Have a worker generate something that nobody asked for; says how it went."""
+        request = trial(probe.endpoint, probe.model, _trial_text(probe.prompt_tokens), probe.output_tokens)
+        progress = Progress(self._clock())
+        outcome = Outcome(cause=Cause.SILENT)
+        try:
+            async with asyncio.timeout(PROBE_SECONDS):
+                outcome = await self.attempt(probe.worker, probe.model, request, {}, None, progress)
+        except TimeoutError:
+            pass  # as silent as it was taken to be
+        return Ended(
+            probe.ticket,
+            Verdict.GOOD if outcome.cause is None else Verdict.BAD,
+            progress.measures(self._clock()),
+            unreachable=outcome.cause is Cause.UNREACHABLE,
+            hold_seconds=outcome.hold_seconds,
+        )
+
     async def _exchange(
         self,
         worker: Worker,
+        model: ModelName,
         request: Request,
         passed_on: Mapping[str, str],
         delivery: Delivery | None,
@@ -151,7 +189,7 @@ class Relay:
             "Accept": "text/event-stream" if stream else "application/json",
             **passed_on,
         }
-        body = request.to_worker(request.model, stream=stream)
+        body = request.to_worker(model, stream=stream)
         url = worker.url + request.endpoint.value
         try:
             async with self._upstream.post(url, body, headers, keep_alive=kind.keep_alive) as response:
@@ -181,7 +219,9 @@ class Relay:
         answer, progress.usage = parse_whole(body, request.model)
         if delivery is not None:
             raise AnswerError("it was asked for a stream and answered in one piece")
-        progress.first_byte = self._clock() - progress.began
+        if request.endpoint is Endpoint.EMBEDDINGS:  # of a text in one piece, nobody saw the first token
+            progress.first(self._clock())
+        progress.tokens = progress.usage.output_tokens or 0
         return orjson.dumps(answer)
 
     async def _assembled(self, response: Response, request: Request, progress: Progress) -> bytes:
@@ -219,8 +259,9 @@ class Relay:
 
     def _note(self, reader: StreamReader, progress: Progress) -> None:
         progress.usage = reader.usage
-        if progress.first_byte is None and reader.begun:
-            progress.first_byte = self._clock() - progress.began
+        progress.tokens = reader.tokens
+        if reader.begun:
+            progress.first(self._clock())
 
 
 async def _events(response: Response, reader: StreamReader) -> AsyncGenerator[list[bytes], None]:
@@ -238,6 +279,11 @@ async def _events(response: Response, reader: StreamReader) -> AsyncGenerator[li
             yield _read(reader, frames.end())
     if not reader.is_whole:
         raise Failed(Cause.BROKE, "its stream ended before the answer did")
+
+
+def _trial_text(tokens: int) -> str:
+    """About so many tokens that no engine has read before: a cache cannot answer in its place."""
+    return f"{secrets.token_hex(4)}{' word' * tokens}"
 
 
 def _read(reader: StreamReader, events: list[bytes]) -> list[bytes]:

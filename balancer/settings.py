@@ -97,6 +97,9 @@ def _layered(file: ConfigFile, flags: Mapping[str, object]) -> Settings:
     from_file = file.model_dump(exclude_unset=True, exclude={"schema_", "workers"}) | {
         "workers": file.workers
     }
+    policy = flags.get("policy") or os.environ.get(variable("policy")) or file.policy
+    if policy != file.policy:
+        from_file.pop("scorer_weights", None)  # they are of the scorers of the file's own policy
 
     class Layered(Settings):
         @classmethod

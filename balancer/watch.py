@@ -28,12 +28,15 @@ from balancer.core.model import (
     Worker,
     WorkerId,
 )
+from balancer.identity import identity, with_automatic_names
 from balancer.worker_types import MAX_PROBE_BYTES, WORKER_TYPES, ProbeFailed, said_in
 from worker_agent import wire
 
 log = logging.getLogger(__name__)
 
 MAX_COMPLAINT_BYTES = 4096
+SHARING_ENGINE = "vllm"
+"""Its requests can use one prefix at the same time; the slots of llama.cpp and MLX hold a copy each."""
 NO_HEADERS: Final[Mapping[str, str]] = {}
 _ENDLESS = aiohttp.ClientTimeout(total=None)  # every exchange here stands under a deadline of its own
 
@@ -128,6 +131,7 @@ class _Watch:
         self._lost: str | None = None
         self._last: Condition | None = None
         self._heard: float | None = None
+        self._tells_residency = True
 
     async def run(self) -> None:
         """Until it is cancelled."""
@@ -161,6 +165,7 @@ class _Watch:
         if reason != self._lost:
             log.warning("worker %s at %s is lost: %s", self._worker.id, self._worker.url, reason)
             self._lost = reason
+            self._tells_residency = True  # it may come back as a newer version
             self._tell(Lost(self._worker.id, reason, abandon=self._type.probe_path is None))
 
     # An agent: one answer that does not end, a report in each line ...
@@ -236,6 +241,29 @@ class _Watch:
             await asyncio.sleep(self._policy.interval_seconds * (1 - self._chance() / 10))
 
     async def _probe(self, path: str) -> Condition:
+        status, body = await self._get(path)
+        try:
+            condition = self._type.read_probe(status, body)
+        except ProbeFailed as error:
+            raise Unreached(str(error)) from error
+        if self._type.residency_path is not None and self._tells_residency and condition.models:
+            condition = await self._with_residency(self._type.residency_path, condition)
+        return with_automatic_names(_with_engines_ways(_with_configured_models(self._worker, condition)))
+
+    async def _with_residency(self, path: str, condition: Condition) -> Condition:
+        """What is in memory makes a choice better; without knowing it the worker can be used all the same."""
+        try:
+            status, body = await self._get(path)
+        except Unreached:
+            return condition
+        try:
+            return self._type.read_residency(condition, status, body)
+        except ProbeFailed:
+            self._tells_residency = status >= 500  # older versions have no such path, and log each try
+            return condition
+
+    async def _get(self, path: str) -> tuple[int, bytes]:
+        """Status and body, within the time of a probe. Raises `Unreached`."""
         headers = dict(self._headers) if self._type.keep_alive else {**self._headers, "Connection": "close"}
         limit = self._policy.probe_timeout_seconds
         try:
@@ -245,12 +273,9 @@ class _Watch:
                     self._worker.url + path, headers=headers, timeout=_ENDLESS, allow_redirects=False
                 ) as response,
             ):
-                body = await _bounded(response.content)
-                return _with_configured_models(self._worker, self._type.read_probe(response.status, body))
+                return response.status, await _bounded(response.content)
         except TimeoutError:
             raise Unreached(f"no answer to {path} within {limit:g} s") from None
-        except ProbeFailed as error:
-            raise Unreached(str(error)) from error
         except (aiohttp.ClientError, HttpProcessingError, OSError) as error:
             raise Unreached(_words(error), refused=_is_refused(error)) from error
 
@@ -298,27 +323,42 @@ def _words(error: BaseException) -> str:
 
 def from_report(report: wire.Report) -> Condition:
     """The condition that an agent's report describes."""
-    return Condition(
-        models=tuple(
-            ModelOffer(
-                name=ModelName(model.name),
-                endpoints=frozenset(endpoint for endpoint in Endpoint if endpoint.value in model.paths),
-                context_tokens=model.context_tokens,
+    return with_automatic_names(
+        _with_engines_ways(
+            Condition(
+                models=tuple(map(_offer, report.models)),
+                ready=report.state is wire.EngineState.READY,
+                slots=report.slots,
+                running=report.running,
+                calibrates=True,
+                engine=report.engine,
+                state=report.state.value,
+                detail=report.detail,
+                hardware=report.hardware,
+                advice=report.advice,
             )
-            for model in report.models
-        ),
-        ready=report.state is wire.EngineState.READY,
-        slots=report.slots,
-        engine=report.engine,
-        state=report.state.value,
-        detail=report.detail,
-        hardware=report.hardware,
-        advice=report.advice,
+        )
     )
+
+
+def _offer(model: wire.ServedModel) -> ModelOffer:
+    return ModelOffer(
+        name=ModelName(model.name),
+        endpoints=frozenset(endpoint for endpoint in Endpoint if endpoint.value in model.paths),
+        context_tokens=model.context_tokens,
+        identity=identity(model.identity),
+        memory_tokens=model.memory_tokens,
+        cache_tokens=model.cache_tokens,
+    )
+
+
+def _with_engines_ways(condition: Condition) -> Condition:
+    return dataclasses.replace(condition, shares_prefixes=condition.engine.lower() == SHARING_ENGINE)
 
 
 def _with_configured_models(worker: Worker, condition: Condition) -> Condition:
     """A worker that answers but lists nothing serves what it is configured for."""
     if condition.models or not condition.ready:
         return condition
-    return dataclasses.replace(condition, models=tuple(ModelOffer(name=name) for name in sorted(worker.only)))
+    models = tuple(ModelOffer(name=name, identity=identity(name)) for name in sorted(worker.only))
+    return dataclasses.replace(condition, models=models)

@@ -6,6 +6,7 @@ from other machines: everything in them is bounded and printable before it leave
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -13,11 +14,22 @@ from typing import Final, Literal
 import orjson
 
 from balancer.core.model import Condition, Endpoint, ModelName, ModelOffer
+from balancer.identity import identity, ollama_identity
 
 MAX_PROBE_BYTES = 2 * 1024 * 1024  # vLLM spends about 500 bytes on a model, LM Studio 300
 MAX_MODELS = 1024
 MAX_NAME_CHARACTERS = 128
+MAX_PATH_CHARACTERS = 4096
 MAX_CONTEXT_TOKENS = 100_000_000
+
+LOAD_BYTES_PER_SECOND = 1.5e9
+"""A guess for all machines, until loading is measured."""
+LEAST_LOAD_SECONDS = 1.0
+LOAD_SECONDS_OF_UNKNOWN_SIZE = 10.0
+"""A guess too: 15 GB at the rate above."""
+
+OLLAMA_DEFAULT_TAG = ":latest"
+"""What Ollama takes a name without a tag for: `llama3.2` and `llama3.2:latest` are one model there."""
 
 GENERATING = frozenset({Endpoint.CHAT, Endpoint.COMPLETIONS})
 EMBEDDING = frozenset({Endpoint.EMBEDDINGS})
@@ -25,6 +37,10 @@ EMBEDDING = frozenset({Endpoint.EMBEDDINGS})
 
 class ProbeFailed(Exception):
     """The worker's answer to a probe does not show a worker that can be used; a sentence for people."""
+
+
+def _unchanged(condition: Condition, status: int, body: bytes) -> Condition:
+    return condition
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +53,11 @@ class WorkerType:
     """What to GET to learn how it is; None: it reports by itself."""
     read_probe: Callable[[int, bytes], Condition]
     """From status and body of that answer; raises `ProbeFailed`."""
+    residency_path: str | None = None
+    """What to GET besides to learn which of its models are in memory; None: it does not tell. Not every
+    version has it."""
+    read_residency: Callable[[Condition, int, bytes], Condition] = _unchanged
+    """The condition that the probe gave, with what that answer adds to it; raises `ProbeFailed`."""
     keep_alive: bool
     """A connection may be used again. llama.cpp promises it and then closes at the end of each stream: 6 to
     10 of 20 pooled requests failed, none on fresh connections; it may sit behind any OpenAI-like address."""
@@ -54,12 +75,49 @@ def _read_agent(status: int, body: bytes) -> Condition:
 def _read_ollama(status: int, body: bytes) -> Condition:
     """`/api/tags`: `{"models": [{"name": "llama3.2:latest", "details": {"family": "llama"}}]}`."""
     _accepted(status, body, "/api/tags")
-    return _condition(_rows(body, "models"), _ollama_offer, engine="Ollama")
+    condition = _condition(_rows(body, "models"), _ollama_offer, engine="Ollama")
+    return dataclasses.replace(condition, models=(*condition.models, *_without_tag(condition.models)))
+
+
+def _without_tag(models: Iterable[ModelOffer]) -> Iterable[ModelOffer]:
+    for offer in models:
+        short = offer.name.removesuffix(OLLAMA_DEFAULT_TAG)
+        if short and short != offer.name:
+            yield dataclasses.replace(offer, name=ModelName(short), known_as=offer.name)
+
+
+def _read_ollama_residency(condition: Condition, status: int, body: bytes) -> Condition:
+    """`/api/ps`: the models that are in memory, in the form of `/api/tags`."""
+    _accepted(status, body, "/api/ps")
+    loaded = {row.get("name") for row in _rows(body, "models")}
+    return dataclasses.replace(
+        condition,
+        models=tuple(
+            dataclasses.replace(offer, loaded=(offer.known_as or offer.name) in loaded)
+            for offer in condition.models
+        ),
+    )
 
 
 def _read_lm_studio(status: int, body: bytes) -> Condition:
     _accepted(status, body, "/v1/models")
     return _condition(_rows(body, "data"), _openai_offer, engine="LM Studio")
+
+
+def _read_lm_studio_residency(condition: Condition, status: int, body: bytes) -> Condition:
+    """`/api/v0/models`: all that it has on disk, with more about each than `/v1/models`.
+
+    What only this list holds is left out: with just-in-time loading off, it can't be asked for.
+    """
+    _accepted(status, body, "/api/v0/models")
+    rows = {row.get("id"): row for row in _rows(body, "data")}
+    return dataclasses.replace(
+        condition,
+        models=tuple(
+            (_lm_studio_offer(rows[offer.name]) or offer) if offer.name in rows else offer
+            for offer in condition.models
+        ),
+    )
 
 
 def _read_openai(status: int, body: bytes) -> Condition:
@@ -123,7 +181,29 @@ def _openai_offer(row: Mapping[str, object]) -> ModelOffer | None:
     name = _name(row.get("id"))
     if name is None:
         return None
-    return ModelOffer(name=name, endpoints=_endpoints(row.get("type")), context_tokens=_context(row))
+    return ModelOffer(
+        name=name,
+        endpoints=_endpoints(row.get("type")),
+        context_tokens=_context(row),
+        identity=_identity(row, name),
+    )
+
+
+def _identity(row: Mapping[str, object], name: str) -> str:
+    """vLLM takes any name for its model and tells in `root` what it loaded; llama.cpp tells the file type."""
+    root, meta = row.get("root"), row.get("meta")
+    if row.get("parent") is not None:
+        return ""  # vLLM: a LoRA adapter, which is another model than its base
+    told = meta.get("ftype") if isinstance(meta, dict) else row.get("quantization")
+    model = root if isinstance(root, str) and len(root) <= MAX_PATH_CHARACTERS else name
+    return identity(model, _word(told))
+
+
+def _lm_studio_offer(row: Mapping[str, object]) -> ModelOffer | None:
+    offer = _openai_offer(row)
+    if offer is None or row.get("state") != "not-loaded":
+        return offer
+    return dataclasses.replace(offer, loaded=False, load_seconds=LOAD_SECONDS_OF_UNKNOWN_SIZE)
 
 
 def _endpoints(kind: object) -> frozenset[Endpoint]:
@@ -165,7 +245,27 @@ def _ollama_offer(row: Mapping[str, object]) -> ModelOffer | None:
     details = row.get("details")
     family = details.get("family") if isinstance(details, dict) else None
     embeds = isinstance(family, str) and "bert" in family  # bert, nomic-bert: Ollama's embedding models
-    return ModelOffer(name=name, endpoints=EMBEDDING if embeds else frozenset(Endpoint))
+    told = details if isinstance(details, dict) else {}
+    return ModelOffer(
+        name=name,
+        endpoints=EMBEDDING if embeds else frozenset(Endpoint),
+        identity=ollama_identity(
+            name, _word(told.get("parameter_size")), _word(told.get("quantization_level"))
+        ),
+        load_seconds=_load_seconds(row.get("size")),
+    )
+
+
+def _load_seconds(size_bytes: object) -> float:
+    """A guess from the size of the file: nothing has been measured."""
+    if not isinstance(size_bytes, int) or size_bytes <= 0:
+        return LOAD_SECONDS_OF_UNKNOWN_SIZE
+    return max(size_bytes / LOAD_BYTES_PER_SECOND, LEAST_LOAD_SECONDS)
+
+
+def _word(value: object) -> str:
+    """A short word that it tells; "" for anything else."""
+    return value if isinstance(value, str) and len(value) <= MAX_NAME_CHARACTERS else ""
 
 
 def _name(value: object) -> ModelName | None:
@@ -207,6 +307,8 @@ WORKER_TYPES: Mapping[str, WorkerType] = {
             default_port=11434,
             probe_path="/api/tags",
             read_probe=_read_ollama,
+            residency_path="/api/ps",
+            read_residency=_read_ollama_residency,
             keep_alive=True,
             streams_always=True,
         ),
@@ -215,6 +317,8 @@ WORKER_TYPES: Mapping[str, WorkerType] = {
             default_port=1234,
             probe_path="/v1/models",
             read_probe=_read_lm_studio,
+            residency_path="/api/v0/models",
+            read_residency=_read_lm_studio_residency,
             keep_alive=False,
             streams_always=True,
         ),

@@ -26,6 +26,7 @@ from benchmarks.tables import RESULTS, Column, Row, shown, table
 
 FIGURES = (
     Column("makespan_over_bound", "makespan / bound", 2),
+    Column("makespan_over_least", "makespan / least", 2),
     Column("prefill_over_min", "prefill / least", 2),
     Column("ttft_p50", "TTFT p50, s", 2),
     Column("ttft_p99", "TTFT p99, s", 1),
@@ -80,7 +81,7 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
             panel.plot([value for _, value in points], [policy for policy, _ in points], "o", alpha=0.6)
             panel.set_title(f"{about}: {figure.title}", fontsize=9)
             panel.invert_yaxis()
-            if figure.key == "makespan_over_bound":
+            if figure.key in ("makespan_over_bound", "makespan_over_least"):
                 panel.set_xscale("log")
                 panel.set_xlim(left=1)
                 panel.xaxis.set_major_formatter("{x:g}")

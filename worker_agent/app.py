@@ -22,7 +22,9 @@ from worker_agent import installed as environment
 from worker_agent import wire
 from worker_agent.advertise import Presence, advertise
 from worker_agent.engines.choice import Choice, Installed, NoChoice, Wish, choose
+from worker_agent.engines.spec import Capacity
 from worker_agent.gateway import Changes, Gateway, GatewayPolicy
+from worker_agent.gguf import HEAD_BYTES, cache_bytes_per_token
 from worker_agent.hardware import Hardware
 from worker_agent.identity import identity
 from worker_agent.joining import join_all
@@ -102,12 +104,13 @@ async def run(settings: Settings, *, exit_with_parent: bool = False) -> None:
 
 def plan_of(settings: Settings, choice: Choice, cores: int) -> Plan:
     """What shall run, with every default filled in. Raises `NoChoice` for a model file that is not there."""
-    model = choice.model
+    model, per_token = choice.model, None
     if model.lower().endswith(".gguf"):
         path = Path(model).expanduser()
         if not path.is_file():
             raise NoChoice(f"there is no file {path}")
         model = str(path.resolve())
+        per_token = _cache_bytes_per_token(path)
     return Plan(
         spec=choice.engine,
         model=model,
@@ -118,7 +121,16 @@ def plan_of(settings: Settings, choice: Choice, cores: int) -> Plan:
         or choice.engine.default_context_tokens,
         threads=settings.threads or cores,
         program=choice.program,
+        cache_bytes_per_token=per_token,
     )
+
+
+def _cache_bytes_per_token(path: Path) -> int | None:
+    try:
+        with path.open("rb") as file:
+            return cache_bytes_per_token(file.read(HEAD_BYTES))
+    except OSError:  # the engine says it better
+        return None
 
 
 async def _serve(settings: Settings, agent_id: str, hardware: Hardware, choice: Choice, stop: Stop) -> None:
@@ -171,8 +183,15 @@ def report_of(
     """What the agent says of itself now."""
     state = EngineState.STOPPING if gateway.draining else engine.state.reported
     plan, serving = engine.plan, engine.serving
-    context_tokens = serving.context_tokens if serving is not None else None
-    model = ServedModel(name=plan.name, context_tokens=context_tokens, paths=plan.spec.paths)
+    capacity = serving.capacity if serving is not None else Capacity()
+    model = ServedModel(
+        name=plan.name,
+        context_tokens=serving.context_tokens if serving is not None else None,
+        paths=plan.spec.paths,
+        identity=_line(file_or_hub_name(plan.model)),
+        memory_tokens=_held(capacity.memory_tokens),
+        cache_tokens=_held(capacity.cache_tokens),
+    )
     return Report(
         id=agent_id,
         state=state,
@@ -184,6 +203,16 @@ def report_of(
         detail=_line(engine.detail),
         advice=tuple(map(_line, advice)),
     )
+
+
+def _held(tokens: int | None) -> int | None:
+    return None if tokens is None else min(tokens, wire.MAX_TOKENS_HELD)
+
+
+def file_or_hub_name(model: str) -> str:
+    """`Qwen/Qwen2.5-7B-Instruct-AWQ` as it is, of a path its end: which folders a machine has is its own."""
+    parts = model.rstrip("/").split("/")
+    return model if len(parts) == 2 and all(parts) and parts[0] not in (".", "..", "~") else parts[-1]
 
 
 def _line(text: str) -> str:

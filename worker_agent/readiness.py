@@ -58,10 +58,20 @@ def free_port() -> int:
         return port
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """What an engine says of itself when it is ready."""
+
+    context_tokens: int | None
+    """Per request; None: it does not say."""
+    capacity_page: str
+    """The answer of its spec's `capacity_path`; empty: none."""
+
+
 async def until_it_generates(
     session: aiohttp.ClientSession, spec: EngineSpec, address: Address, model: str, guard_pid: int
-) -> int | None:
-    """Returns once it has generated a token: the tokens per request that it reports, if it does.
+) -> Told:
+    """Returns once it has generated a token.
 
     Has no limit of its own: supervision has one. Raises `NotOurs`.
     """
@@ -70,7 +80,10 @@ async def until_it_generates(
             if await _status(session, address, spec.ready_path) == 200:
                 await _insist_on_ours(session, address, guard_pid)
                 if await _generates(session, address, model):
-                    return await _context_tokens(session, spec, address)
+                    return Told(
+                        context_tokens=await _context_tokens(session, spec, address),
+                        capacity_page=await _capacity_page(session, spec, address),
+                    )
         await asyncio.sleep(_POLL_SECONDS)
 
 
@@ -166,6 +179,22 @@ async def _context_tokens(session: aiohttp.ClientSession, spec: EngineSpec, addr
             return spec.read_context_tokens(_json(await answer.read())["data"][0])
         except (LookupError, TypeError, AttributeError):  # MLX answers 200 with nothing in it
             return None
+
+
+async def _capacity_page(session: aiohttp.ClientSession, spec: EngineSpec, address: Address) -> str:
+    """Good to have: an engine whose page does not come is ready all the same."""
+    if spec.capacity_path is None:
+        return ""
+    with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+        async with session.get(
+            address.url + spec.capacity_path,
+            headers=address.headers,
+            timeout=aiohttp.ClientTimeout(total=_ASK_SECONDS),
+            allow_redirects=False,
+        ) as answer:
+            if answer.status == 200:
+                return (await answer.read()).decode(errors="replace")
+    return ""
 
 
 def _json(body: bytes) -> Any:

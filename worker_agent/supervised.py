@@ -12,12 +12,12 @@ import os
 import secrets
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import aiohttp
 
 from worker_agent import readiness
-from worker_agent.engines.spec import EngineSpec, Launch
+from worker_agent.engines.spec import Capacity, EngineSpec, Launch
 from worker_agent.process import Process, allowed_environment, running
 from worker_agent.readiness import Address, NotOurs
 from worker_agent.supervision import Do, Event, Life, State, SupervisionPolicy
@@ -38,6 +38,7 @@ class Plan:
     context_tokens: int | None
     threads: int
     program: str | None = None
+    cache_bytes_per_token: int | None = None
 
     def launch(self, port: int) -> Launch:
         """One start, on a port found for it."""
@@ -50,6 +51,7 @@ class Plan:
             slots=self.slots,
             context_tokens=self.context_tokens,
             threads=self.threads,
+            cache_bytes_per_token=self.cache_bytes_per_token,
         )
 
 
@@ -61,6 +63,7 @@ class Serving:
     model: str
     """What goes into the `model` field."""
     context_tokens: int | None
+    capacity: Capacity = field(default_factory=Capacity)
 
 
 class SupervisedEngine:
@@ -232,8 +235,7 @@ class SupervisedEngine:
             async with running(spec.argv(launch), environment, self._logger_of_one_start()) as self._process:
                 self._end()  # somebody may have changed their mind while it was spawned
                 async with asyncio.TaskGroup() as tasks:
-                    request_model = spec.request_model(launch)
-                    probing = tasks.create_task(self._probe(address, request_model, self._process.pid))
+                    probing = tasks.create_task(self._probe(address, launch, self._process.pid))
                     code = await self._process.wait()
                     probing.cancel()
                 self._explain_exit(code, self._process)
@@ -243,14 +245,17 @@ class SupervisedEngine:
             self._process = None
         self._tell(Event.EXITED)
 
-    async def _probe(self, address: Address, model: str, pid: int) -> None:
+    async def _probe(self, address: Address, launch: Launch, pid: int) -> None:
+        spec, model = self.plan.spec, self.plan.spec.request_model(launch)
         try:
-            tokens = await readiness.until_it_generates(self._session, self.plan.spec, address, model, pid)
+            told = await readiness.until_it_generates(self._session, spec, address, model, pid)
         except NotOurs as error:
             self._reason = str(error)
             self._tell(Event.DEAF)
             return
-        self._found = Serving(address=address, model=model, context_tokens=tokens or self.plan.context_tokens)
+        tokens = told.context_tokens or self.plan.context_tokens
+        capacity = spec.read_capacity(launch, tokens, told.capacity_page)
+        self._found = Serving(address=address, model=model, context_tokens=tokens, capacity=capacity)
         self._tell(Event.ANSWERED)
 
     async def _check(self, serving: Serving) -> None:

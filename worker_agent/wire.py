@@ -41,6 +41,7 @@ JOIN_INTERVAL_SECONDS = 10.0
 """An agent that was told a balancer's address repeats its `Join`, so that a restarted balancer learns it."""
 
 MAX_REPORT_BYTES = 64 * 1024
+MAX_TOKENS_HELD = 1_000_000_000
 REQUEST_ID_HEADER = "X-Request-ID"
 HOPS_HEADER = "X-Balancer-Hops"
 """How many balancers a request has passed, so that two that name each other do not pass it round for ever."""
@@ -93,6 +94,13 @@ class ServedModel(_Message):
     """Tokens of prompt and answer together that one request may hold; None: not known."""
     paths: tuple[Word, ...] = ("/v1/chat/completions", "/v1/completions")
     """Which of `INFERENCE_PATHS` work for it."""
+    identity: Line = ""
+    """What it is, as its file or the hub calls it: `Qwen2.5-7B-Instruct-Q4_K_M.gguf`; empty: not known. The
+    balancer makes of it what it compares."""
+    memory_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS_HELD)
+    """Tokens that all requests which run at once may hold together; None: not known."""
+    cache_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS_HELD)
+    """Tokens of earlier prompts that the engine can remember, about; None: not known."""
 
 
 class Report(_Message):

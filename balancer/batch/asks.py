@@ -1,8 +1,8 @@
 """What is sent for one paper, and in which order. Pure.
 
 The document stands first in every message and the question last, so that all questions about one text
-share a prefix, which an engine computes once and keeps. For the same reason the first question goes alone:
-its followers find the prefix ready instead of computing it beside each other.
+share a prefix, which an engine computes once and keeps. They are sent back to back: the balancer sees what
+they have in common, lets one worker compute it, and sends the followers there as soon as it has.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ def rounds(
 ) -> tuple[tuple[Place, ...], ...]:
     """Which questions go together, one round after the other; what is answered is left out.
 
-    Section by section: the first question alone, then its followers at once.
+    All about one section at once, section by section.
     """
-    planned: list[tuple[Place, ...]] = []
-    for section in range(sections):
-        open_places = [place for name in prompts if (place := Place(section, name)) not in answered]
-        planned += [together for together in (tuple(open_places[:1]), tuple(open_places[1:])) if together]
-    return tuple(planned)
+    planned = (
+        tuple(place for name in prompts if (place := Place(section, name)) not in answered)
+        for section in range(sections)
+    )
+    return tuple(together for together in planned if together)
 
 
 def _message(material: str, question: str) -> str:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
+from heapq import heappop, heappush, nsmallest
 from itertools import count
 
 from balancer.core.fairness import Turns
-from balancer.core.fleet import MEMORY_SHARE, Fleet, Flight, Member
+from balancer.core.fleet import ANSWER_ROOM_TOKENS, MEMORY_SHARE, Fleet, Flight, Member
 from balancer.core.forecast import Forecast
 from balancer.core.model import Ask, Endpoint, ModelName, ModelOffer, Ticket, WorkerId
 
@@ -26,8 +26,8 @@ STEAL_BELOW, DUPLICATE_BELOW = 0.8, 0.5
 """A follower leaves its home, a straggler gets a copy, when that takes less than this share of the time."""
 SECOND_COPY_BELOW = 0.5
 """A prefix is computed again on the same worker when that costs less than this share of what it saves."""
-FOLLOWER_TOKENS = 80
-"""A prompt's own question, where only the order of magnitude counts."""
+FRESH_LOOKS = 4
+"""So many of a client's papers are looked at when a worker may not take the first of them."""
 
 Service = tuple[ModelName, Endpoint]
 
@@ -40,7 +40,7 @@ class BatchPolicy:
     """Chat is active for so long after its last request."""
     slice_seconds: float = 0.5
     """While chat is active, a long prompt is read in pieces of so many seconds; 0: at once."""
-    commit: float = 0.7
+    commit: float = 0.8
     """A busy worker may hold papers worth this share of the time that the whole batch will still take."""
     floor: float = 0.05
     """The share of all tokens that batch gets even while chats would take every slot."""
@@ -78,17 +78,29 @@ class Assignment:
     because: str
 
 
+@dataclass(frozen=True, slots=True)
+class Horizon:
+    """How far the whole batch has to go, as seen `at` some moment; in seconds."""
+
+    at: float
+    remaining: float
+    """Until it can be done, all workers busy to the end."""
+    fastest: float
+    """In which the fastest worker does one paper."""
+    soonest: float
+    """In which some worker would be done with one more paper and all that it has."""
+
+
 @dataclass(slots=True, eq=False)
 class _ServiceLine:
     """All groups of one model and endpoint."""
 
     groups: dict[int, Group] = field(default_factory=dict)
-    by_block: dict[int, Group] = field(default_factory=dict)
+    by_block: dict[tuple[str, int], Group] = field(default_factory=dict)
     fresh: dict[str, list[tuple[int, int, Group]]] = field(default_factory=dict)
     """By client, the longest first: minus the characters, number, group."""
     waiting: int = 0
-    horizon: tuple[float, float, float] = (float("-inf"), 0.0, 0.0)
-    """When it was computed, the seconds until the batch can be done, and the fastest paper's seconds."""
+    horizon: Horizon | None = None
 
 
 @dataclass(slots=True)
@@ -173,29 +185,30 @@ class BatchLine:
         line = self._services.get(service)
         return line.groups.values() if line else ()
 
-    def next_fresh(self, service: Service) -> Group | None:
-        """The longest paper that nobody has begun, of the client whose turn it is."""
+    def fresh(self, service: Service) -> Iterator[Group]:
+        """Papers that nobody has begun: of the client whose turn it is first, its longest ones first."""
         line = self._services.get(service)
         if line is None:
-            return None
+            return
         for client in self.turns.order(line.fresh):
             heap = line.fresh[client]
             while heap and not heap[0][2].is_fresh:
                 heappop(heap)
-            if heap:
-                return heap[0][2]
-            del line.fresh[client]
-        return None
+            if not heap:
+                del line.fresh[client]
+            for _, _, group in nsmallest(FRESH_LOOKS, heap):
+                if group.is_fresh:
+                    yield group
 
     def count_fresh(self, service: Service) -> int:
         """Groups that nobody has begun; what is begun meanwhile may be counted until it comes up."""
         line = self._services.get(service)
         return sum(map(len, line.fresh.values())) if line else 0
 
-    def horizon(self, service: Service) -> tuple[float, float, float]:
+    def horizon(self, service: Service) -> Horizon | None:
         return self._services[service].horizon
 
-    def set_horizon(self, service: Service, horizon: tuple[float, float, float]) -> None:
+    def set_horizon(self, service: Service, horizon: Horizon) -> None:
         self._services[service].horizon = horizon
 
     def tidy(self, now: float) -> None:
@@ -216,7 +229,7 @@ class BatchLine:
         group = Group(next(self._numbers), service, ask.client, ask.prompt.blocks)
         line.groups[group.number] = group
         for block in group.blocks:
-            line.by_block[block] = group
+            line.by_block[group.client, block] = group
         return group
 
     def _refresh(self, group: Group) -> None:
@@ -229,9 +242,9 @@ def _fitting(line: _ServiceLine, ask: Ask) -> Group | None:
     """The group of the same client with which it has at least half of itself in common; what the group has
     in common is then only that."""
     blocks = ask.prompt.blocks
-    for depth in range(len(blocks), (len(blocks) - 1) // 2, -1):
-        group = line.by_block.get(blocks[depth - 1])
-        if group is not None and group.client == ask.client:
+    for depth in range(len(blocks), max((len(blocks) - 1) // 2, 0), -1):
+        group = line.by_block.get((ask.client, blocks[depth - 1]))
+        if group is not None:
             if depth < len(group.blocks):
                 _unregister(line, group, group.blocks[depth:])
                 group.blocks = group.blocks[:depth]
@@ -241,8 +254,30 @@ def _fitting(line: _ServiceLine, ask: Ask) -> Group | None:
 
 def _unregister(line: _ServiceLine, group: Group, blocks: Sequence[int]) -> None:
     for block in blocks:
-        if line.by_block.get(block) is group:
-            del line.by_block[block]
+        if line.by_block.get((group.client, block)) is group:
+            del line.by_block[group.client, block]
+
+
+@dataclass(frozen=True, slots=True)
+class Paper:
+    """What is left of a group, in tokens."""
+
+    shared: float
+    """Of its prefix."""
+    own: float
+    """Of each prompt besides."""
+    output: float
+    """Of each answer."""
+    prompts: int
+
+
+def _streams(member: Member, offer: ModelOffer, paper: Paper) -> float:
+    """How many prompts of such papers it works on at once when it is full: its memory may hold fewer than
+    its slots."""
+    if offer.memory_tokens is None:
+        return member.slots
+    each = paper.shared / max(paper.prompts, 1) + paper.own + ANSWER_ROOM_TOKENS
+    return max(min(member.slots, MEMORY_SHARE * offer.memory_tokens / each), 1.0)
 
 
 class Planner:
@@ -273,17 +308,21 @@ class Planner:
         if offer is None or service[1] not in offer.endpoints or not self._line.waits_for(service):
             return None
         share = 1 - self._policy.reserve if active else MEMORY_SHARE
-        if (follower := self._follower(member, offer, service, now)) is not None:
+        if (follower := self._follower(member, offer, service, now, share)) is not None:
             return self._start(*follower, member, offer, active, "its prefix is here")
-        group = self._line.next_fresh(service)
-        if group is not None:
+        any_fresh = False
+        for group in self._line.fresh(service):
             first = self._first_for(group, member, now)
-            if first is None or not self._fits(member, offer, group, first[1], share):
-                return None
-            if not self._in_time(member, offer, group, now):
-                return None
-            return self._start(group, first, member, offer, active, "a paper that it can finish in time")
-        return self._stolen(member, offer, service, now, active) or self._second_copy(
+            if first is None:
+                continue  # it may not go here
+            any_fresh = True
+            if self._fits(member, offer, group, first[1], share, now) and self._in_time(
+                member, offer, group, now
+            ):
+                return self._start(group, first, member, offer, active, "a paper that it can finish in time")
+        if any_fresh:
+            return None
+        return self._stolen(member, offer, service, now, share, active) or self._second_copy(
             member, offer, service, now, active
         )
 
@@ -304,31 +343,39 @@ class Planner:
                 ):
                     continue
                 token = member.speeds_of(flight.offer).writing.at(member.load)
-                passed = now - flight.sent
-                left = max(flight.expected + flight.output * token - passed, 0.2 * passed)
+                left = self._forecast.remaining_tokens(flight) * token
+                if flight.first is None:
+                    left += max(flight.expected - (now - flight.sent), 0.2 * (now - flight.sent))
                 found.append((left, flight))
         found.sort(key=lambda one: (-one[0], one[1].ticket))
         return found
 
-    def worth_copying(self, flight: Flight, left: float, member: Member, offer: ModelOffer) -> bool:
+    def worth_copying(
+        self, flight: Flight, left: float, member: Member, offer: ModelOffer, now: float
+    ) -> bool:
         """This worker would be done with it in a fraction of the time that is left."""
-        if flight.member is member or member.worker.id in flight.ask.needs.avoid:
+        tokens = self._forecast.prompt_tokens(flight.ask)
+        if (
+            flight.member is member
+            or member.worker.id in flight.ask.needs.avoid
+            or self._fleet.is_too_long(tokens, offer, flight.ask.needs, now)
+            or not member.fits(offer, tokens)
+        ):
             return False
-        cached = self._forecast.cached(flight.ask, member, offer, None)
-        uncached = self._forecast.prompt_tokens(flight.ask) - cached
+        uncached = tokens - self._forecast.cached(flight.ask, member, offer, None)
         return self._latency(member, offer, uncached, flight.output) < DUPLICATE_BELOW * left
 
     # The rules
 
     def _follower(
-        self, member: Member, offer: ModelOffer, service: Service, now: float
+        self, member: Member, offer: ModelOffer, service: Service, now: float, share: float
     ) -> tuple[Group, tuple[Ticket, Ask]] | None:
         """A prompt of a paper whose prefix is on this worker, and not being computed there."""
         for group in self._line.at_home(member.worker.id):
             if not group.waiting or group.service != service:
                 continue
             first = self._first_for(group, member, now)
-            if first is None or not self._fits(member, offer, group, first[1], MEMORY_SHARE):
+            if first is None or not self._fits(member, offer, group, first[1], share, now):
                 continue
             if group.number not in member.papers_in_use:
                 return group, first
@@ -339,45 +386,43 @@ class Planner:
 
     def _in_time(self, member: Member, offer: ModelOffer, group: Group, now: float) -> bool:
         """A worker may take a paper that it can finish before the whole room can be done."""
-        prompts = len(group.waiting)
-        shared, own, output = self._sizes(group)
-        _, remaining, fastest = self._horizon(group, now)
-        load = self._load(member, offer, now)
-        cost = self._cost(member, offer, shared, own, output, prompts)
+        paper = self._sizes(group)
+        horizon = self._horizon(group, now)
+        load, cost = self._load(member, offer, paper, now), self._cost(member, offer, paper)
+        if load + cost <= horizon.soonest:
+            return True  # who else should
         if load > 0:
-            return load + cost <= self._policy.commit * remaining
-        speeds = member.speeds_of(offer)
-        rounds = 1 if member.shares_prefixes else prompts
-        alone = (shared + own) / speeds.prefill_tokens_per_second
-        alone += rounds * output * speeds.writing.at(1)
-        return max(cost, alone) <= remaining + fastest
+            return load + cost <= self._policy.commit * horizon.remaining
+        return max(cost, self._alone(member, offer, paper, 1)) <= horizon.remaining + horizon.fastest
 
-    def _horizon(self, group: Group, now: float) -> tuple[float, float, float]:
-        """When it was computed, the seconds in which the whole batch can be done, and in which the fastest
-        worker does one paper."""
-        horizon = self._line.horizon(group.service)
-        if now - horizon[0] <= HORIZON_SECONDS:
-            return horizon
-        prompts = len(group.waiting)
-        shared, own, output = self._sizes(group)
+    def _horizon(self, group: Group, now: float) -> Horizon:
+        known = self._line.horizon(group.service)
+        if known is not None and now - known.at <= HORIZON_SECONDS:
+            return known
+        paper = self._sizes(group)
         offers = self._fleet.offers_of(group.service[0])
-        papers, pace, fastest = float(self._line.count_fresh(group.service)), 0.0, float("inf")
+        papers, pace = float(self._line.count_fresh(group.service)), 0.0
+        fastest = soonest = float("inf")
         for member in self._fleet.able(*group.service, now).members:
             offer = offers[member.worker.id]
-            speeds = member.speeds_of(offer)
-            cost = self._cost(member, offer, shared, own, output, prompts)
+            cost, load = self._cost(member, offer, paper), self._load(member, offer, paper, now)
             pace += 1 / cost
-            papers += self._load(member, offer, now) / cost
-            rounds = 1 if member.shares_prefixes else prompts
-            alone = shared / speeds.prefill_tokens_per_second
-            alone += rounds * output * speeds.writing.at(max(member.load, 1))
-            fastest = min(fastest, alone)
-        horizon = (now, papers / pace if pace else 0.0, fastest)
+            papers += load / cost
+            fastest = min(fastest, self._alone(member, offer, paper, max(member.load, 1)))
+            soonest = min(soonest, load + cost)
+        horizon = Horizon(now, papers / pace if pace else 0.0, fastest, soonest)
         self._line.set_horizon(group.service, horizon)
         return horizon
 
+    def _alone(self, member: Member, offer: ModelOffer, paper: Paper, streams: int) -> float:
+        """Seconds of a paper on a worker that begins it now, beside so many streams."""
+        speeds = member.speeds_of(offer)
+        rounds = 1 if member.shares_prefixes else paper.prompts
+        reading = (paper.shared + paper.own) / speeds.prefill_tokens_per_second
+        return reading + rounds * paper.output * speeds.writing.at(streams)
+
     def _stolen(
-        self, member: Member, offer: ModelOffer, service: Service, now: float, active: bool
+        self, member: Member, offer: ModelOffer, service: Service, now: float, share: float, active: bool
     ) -> Assignment | None:
         """A follower that would be done clearly later at home."""
         best: tuple[float, Group, tuple[Ticket, Ask]] | None = None
@@ -385,13 +430,14 @@ class Planner:
             if not group.waiting or member.worker.id in group.homes:
                 continue
             last = self._first_for(group, member, now, reverse=True)
-            if last is None:
+            if last is None or not self._fits(member, offer, group, last[1], share, now):
                 continue
-            shared, own, output = self._sizes(group)
+            paper = self._sizes(group)
             at_home = min(
-                (self._at_home_seconds(home, group, now) for home in group.homes), default=float("inf")
+                (self._at_home_seconds(home, group, last[1], now) for home in group.homes),
+                default=float("inf"),
             )
-            here = self._latency(member, offer, shared + own, output)
+            here = self._latency(member, offer, paper.shared + paper.own, paper.output)
             gain = at_home - here
             if here < STEAL_BELOW * at_home and (best is None or gain > best[0]):
                 best = gain, group, last
@@ -399,18 +445,17 @@ class Planner:
             return None
         return self._start(best[1], best[2], member, offer, active, "it would be done later at home")
 
-    def _at_home_seconds(self, worker_id: WorkerId, group: Group, now: float) -> float:
-        """Until the last of its prompts is done where its prefix is."""
+    def _at_home_seconds(self, worker_id: WorkerId, group: Group, ask: Ask, now: float) -> float:
+        """Until the last of its prompts is done where its prefix is; endless where it may not go."""
         home = self._fleet.get(worker_id)
-        if home is None or home.unfit(now) is not None:
+        if home is None or home not in self._fleet.allowed(ask.needs, now)[0]:
             return float("inf")
         offer = self._fleet.offers_of(group.service[0]).get(worker_id)
         if offer is None:
             return float("inf")
-        _, own, output = self._sizes(group)
-        together = max(home.slots, 1) if home.shares_prefixes else 1
-        rounds = -(-len(group.waiting) // together)
-        return home.backlog(offer, now) + self._latency(home, offer, own, output) * rounds
+        paper = self._sizes(group)
+        rounds = -(-paper.prompts // (home.slots if home.shares_prefixes else 1))
+        return home.backlog(offer, now) + self._latency(home, offer, paper.own, paper.output) * rounds
 
     def _second_copy(
         self, member: Member, offer: ModelOffer, service: Service, now: float, active: bool
@@ -424,11 +469,11 @@ class Planner:
             first = self._first_for(group, member, now)
             if first is None or not copies:
                 continue
-            shared, _, output = self._sizes(group)
+            paper = self._sizes(group)
             speeds = member.speeds_of(offer)
-            writing = len(group.waiting) * output * speeds.writing.at(member.load + 1)
+            writing = paper.prompts * paper.output * speeds.writing.at(member.load + 1)
             saved = writing / copies - writing / (copies + 1)
-            if shared / speeds.prefill_tokens_per_second < SECOND_COPY_BELOW * saved:
+            if paper.shared / speeds.prefill_tokens_per_second < SECOND_COPY_BELOW * saved:
                 return self._start(group, first, member, offer, active, "so much waits for this prefix")
         return None
 
@@ -473,17 +518,20 @@ class Planner:
 
     # Seconds and tokens
 
-    def _sizes(self, group: Group) -> tuple[float, float, float]:
-        """Tokens of its prefix, of each prompt besides, and of each answer."""
+    def _sizes(self, group: Group) -> Paper:
         first = next(iter(group.waiting.values()))
         sizes = self._forecast.sizes(group.service[0])
         shared = len(group.blocks) * sizes.block_tokens()
         own = max(sizes.prompt_tokens(first.prompt) - shared, 1.0)
-        return shared, own, sizes.answer_tokens(first)
+        return Paper(shared, own, sizes.answer_tokens(first), len(group.waiting))
 
-    def _fits(self, member: Member, offer: ModelOffer, group: Group, ask: Ask, share: float) -> bool:
-        shared = self.shared_tokens(member, group)
-        return member.fits(offer, self._forecast.prompt_tokens(ask), shared, share)
+    def _fits(
+        self, member: Member, offer: ModelOffer, group: Group, ask: Ask, share: float, now: float
+    ) -> bool:
+        tokens = self._forecast.prompt_tokens(ask)
+        if self._fleet.is_too_long(tokens, offer, ask.needs, now):
+            return False
+        return member.fits(offer, tokens, self.shared_tokens(member, group), share)
 
     def shared_tokens(self, member: Member, group: Group) -> float:
         """Of its prompts, what those that run there hold already."""
@@ -496,27 +544,25 @@ class Planner:
         reading = uncached / speeds.prefill_tokens_per_second
         return reading + output * speeds.writing.at(max(member.load, 1))
 
-    def _cost(
-        self, member: Member, offer: ModelOffer, shared: float, own: float, output: float, prompts: int
-    ) -> float:
+    def _cost(self, member: Member, offer: ModelOffer, paper: Paper) -> float:
         """Seconds of a paper on a worker that is full."""
-        speeds, slots = member.speeds_of(offer), member.slots
-        reading = (shared + prompts * own) / speeds.prefill_tokens_per_second
-        return reading + prompts * output * speeds.writing.at(slots) / slots
+        speeds, streams = member.speeds_of(offer), _streams(member, offer, paper)
+        reading = (paper.shared + paper.prompts * paper.own) / speeds.prefill_tokens_per_second
+        return reading + paper.prompts * paper.output * speeds.writing.at(streams) / streams
 
-    def _load(self, member: Member, offer: ModelOffer, now: float) -> float:
-        """Seconds of work that is bound to this worker."""
-        speeds, slots = member.speeds_of(offer), member.slots
+    def _load(self, member: Member, offer: ModelOffer, paper: Paper, now: float) -> float:
+        """Seconds of work that is bound to this worker, of papers like this one."""
+        speeds, streams = member.speeds_of(offer), _streams(member, offer, paper)
         token = speeds.writing.at(max(member.load, 1))
         tokens = 0.0
         reading = 0.0
         for group in self._line.at_home(member.worker.id):
             if group.waiting and len(group.homes) == 1:
-                _, own, output = self._sizes(group)
-                tokens += len(group.waiting) * output
-                reading += len(group.waiting) * own
+                bound = self._sizes(group)
+                tokens += bound.prompts * bound.output
+                reading += bound.prompts * bound.own
         for flight in member.running.values():
             done = 0.0 if flight.first is None else (now - flight.first) / token
             tokens += max(flight.output - done, 0.0)
         seconds = reading / speeds.prefill_tokens_per_second + member.backlog(offer, now)
-        return seconds + tokens * speeds.writing.at(slots) / slots
+        return seconds + tokens * speeds.writing.at(streams) / streams

@@ -18,7 +18,7 @@ from typing import Protocol
 from balancer.core.admission import AdmissionPolicy, WaitingLine
 from balancer.core.batches import Assignment, BatchLine, BatchPolicy, Group, Planner, Service
 from balancer.core.breaker import BreakerPolicy, Phase
-from balancer.core.fleet import Fleet, Flight, Line, Member
+from balancer.core.fleet import GUESSED_SECONDS, Fleet, Flight, Line, Member
 from balancer.core.forecast import Forecast
 from balancer.core.model import (
     Abandon,
@@ -55,8 +55,6 @@ from balancer.core.placement import PlacementPolicy, draw, expected_seconds, pic
 from balancer.core.scorers import Standing
 
 LEAST_RETRY_AFTER, LONGEST_RETRY_AFTER = 1.0, 60.0
-GUESSED_SECONDS = 5.0
-"""How long an answer is taken to last while none has been measured."""
 LOOKS = 32
 """So many of a line are looked at when a worker has room that the first of them prefer to wait past."""
 SHORTLIST = 64
@@ -157,7 +155,8 @@ class Dispatcher:
         self._given = {ServiceClass.INTERACTIVE: 0.0, ServiceClass.BATCH: 0.0}
         """Tokens, decayed since `_given_at`."""
         self._given_at = started
-        self._shortlists: dict[Service, tuple[float, tuple[Member, ...]]] = {}
+        self._shortlists: dict[Service, tuple[float, int, tuple[Member, ...]]] = {}
+        """When they were made, at which version of the fleet, and who is on them."""
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """What follows from an event, to be performed in order. `now`: seconds, never less than before."""
@@ -250,12 +249,13 @@ class Dispatcher:
         member.began(flight, now)
         if flight.uncached > 0.75 * flight.prompt:  # else an engine that has forgotten would look slow
             member.speeds_of(flight.offer).read(flight.uncached, seconds)
-        if member.condition is not None and member.condition.slots is None:
-            member.limit.began(seconds=seconds, expected=flight.expected, running=len(member.running))
-            member.changed()
         if member.shares_prefixes and flight.kind != "probe":
             self._forecast.remember(flight)
-        return self._place_batch([member], now)
+        if member.condition is None or member.condition.slots is not None:
+            return self._place_batch([member], now)
+        member.limit.began(seconds=seconds, expected=flight.expected, running=len(member.running))
+        member.changed()
+        return self._place([member], now)
 
     def _ended(self, event: Ended, now: float) -> Member | None:
         """Whose room has changed; None: the ticket was in a line."""
@@ -295,9 +295,10 @@ class Dispatcher:
     def _learn(self, flight: Flight, measures: Measures | None, now: float) -> None:
         member, ask = flight.member, flight.ask
         member.last_byte = now
+        speeds = member.speeds_of(flight.offer)
+        speeds.answers += 1
         if measures is None:
             return
-        speeds = member.speeds_of(flight.offer)
         output, prompt, cached = measures.output_tokens, measures.prompt_tokens, measures.cached_tokens
         first = flight.first
         if flight.kind in ("ask", "copy"):
@@ -389,7 +390,8 @@ class Dispatcher:
             stuck = known and late and quiet > SILENT_UNBEGUN_SECONDS + 3 * chunk
         if not stuck:
             return []
-        member.breaker = member.breaker.tripped(now)
+        if member.breaker.phase is not Phase.OPEN:
+            member.breaker = member.breaker.tripped(now)
         member.starts_slowly()
         self._fleet.forget_able()
         self._batch.evict(member.worker.id)
@@ -476,28 +478,45 @@ class Dispatcher:
         """Grants in turn, as far as there is room for each. Some may prefer to wait: a few behind them are
         looked at too."""
         commands: list[Command] = []
-        for needs in line.needs() if only is None else [only]:
-            if changed and not any(member.room > 0 for member in changed):
+        if changed and not any(member.room > 0 for member in changed):
+            return commands
+        declined: set[Ticket] = set()
+        hopeless: set[Needs] = set()
+        placed = True
+        while placed:
+            placed = False
+            for needs in line.needs() if only is None else [only]:
+                if needs in hopeless:
+                    continue
+                grant = self._next_in(line, needs, now, declined, changed)
+                if grant is None:
+                    hopeless.add(needs)
+                    continue
+                commands.append(grant)
+                placed = True
                 break
-            declined: set[Ticket] = set()
-            placed = True
-            while placed and len(declined) < LOOKS:
-                placed = False
-                for ticket, ask in islice(line.in_turn(needs, self._tokens), LOOKS):
-                    if ticket in declined:
-                        continue
-                    grant = self._grant(ticket, ask, now, also=changed)
-                    if grant is None:
-                        if not self._estimates:
-                            break  # nobody has room: so it is for all who need the same
-                        declined.add(ticket)
-                        continue
-                    line.turns.served(ask.client, self._tokens(ask))
-                    line.leave(ticket)
-                    commands.append(grant)
-                    placed = True
-                    break
         return commands
+
+    def _next_in(
+        self,
+        line: WaitingLine,
+        needs: Needs,
+        now: float,
+        declined: set[Ticket],
+        changed: Sequence[Member] | None,
+    ) -> Grant | None:
+        for ticket, ask in islice(line.in_turn(needs, self._tokens), LOOKS):
+            if ticket in declined:
+                continue
+            grant = self._grant(ticket, ask, now, also=changed)
+            if grant is not None:
+                line.turns.served(ask.client, self._tokens(ask))
+                line.leave(ticket)
+                return grant
+            if not self._estimates:
+                return None  # nobody has room: so it is for all who need the same
+            declined.add(ticket)
+        return None
 
     def _grant(
         self, ticket: Ticket, ask: Ask, now: float, also: Sequence[Member] | None = None
@@ -560,13 +579,15 @@ class Dispatcher:
         placing, forecast = self._placing, self._forecast
         home = forecast.home(ask)
         tokens, output = forecast.prompt_tokens(ask), forecast.answer_tokens(ask)
-        if ask.needs.endpoint is Endpoint.EMBEDDINGS:
-            output = 1.0
         best = inf
+        too_short: dict[WorkerId, str] = {}
         rated: list[tuple[float, Member, float, Line, ModelOffer]] = []
         unexplored: list[tuple[Member, float, Line, ModelOffer]] = []
         for member in members:
             offer = offers[member.worker.id]
+            if offer.context_tokens is not None and self._fleet.is_too_long(tokens, offer, ask.needs, now):
+                too_short[member.worker.id] = f"a context of {offer.context_tokens} tokens"
+                continue
             line = member.line(offer, placing.social, placing.kappa)
             cached = forecast.cached(ask, member, offer, home)
             if not line.explored and not member.running and tokens <= EXPLORED_WITH_TOKENS:
@@ -583,7 +604,8 @@ class Dispatcher:
             seconds = expected_seconds(line, tokens - cached, output, now, full=line.full)
             rated.append((min(seconds, best), member, cached, line, offer))
             best = min(best, seconds)
-        limit = placing.cut * best + placing.cut_seconds
+        waited = max(now - ask.arrived, 0.0)
+        limit = placing.cut * best + placing.cut_seconds + placing.patience * waited
         standings: dict[WorkerId, Standing] = {}
         usable: dict[WorkerId, tuple[Member, float, float]] = {}
         for seconds, member, cached, line, offer in rated:
@@ -611,7 +633,7 @@ class Dispatcher:
             )
             for one in candidates
         )
-        reasons = dict(excluded)
+        reasons = {**excluded, **too_short}
         for its_seconds, other, _, line, _ in rated:
             if other.worker.id not in usable:
                 reasons[other.worker.id] = "no room" if line.full else f"would take {its_seconds:.1f} s"
@@ -626,8 +648,8 @@ class Dispatcher:
         needs = ask.needs
         offers = self._fleet.offers_of(needs.model)
         service = needs.model, needs.endpoint
-        at, best = self._shortlists.get(service, (-inf, ()))
-        if now - at > SHORTLIST_SECONDS or not best:
+        at, version, best = self._shortlists.get(service, (-inf, -1, ()))
+        if now - at > SHORTLIST_SECONDS or version != self._fleet.version:
             tokens, output = self._forecast.prompt_tokens(ask), self._forecast.answer_tokens(ask)
             placing = self._placing
 
@@ -636,7 +658,7 @@ class Dispatcher:
                 return expected_seconds(line, tokens, output, now, full=line.full)
 
             best = tuple(nsmallest(SHORTLIST // 2, members, key=seconds))
-            self._shortlists[service] = now, best
+            self._shortlists[service] = now, self._fleet.version, best
         allowed = {member.worker.id: member for member in best}
         home = self._forecast.home(ask)
         more = list(also)
@@ -791,7 +813,9 @@ class Dispatcher:
                             flight
                             for left, flight in stragglers
                             if flight.ticket not in self._copies
-                            and self._planner.worth_copying(flight, left, member, offers[member.worker.id])
+                            and self._planner.worth_copying(
+                                flight, left, member, offers[member.worker.id], now
+                            )
                         ),
                         None,
                     )
@@ -898,7 +922,9 @@ class Dispatcher:
     def _retry_after(self, ask: Ask, refusal: Refusal, now: float) -> float:
         """When the present line will have been worked off, at the room's measured pace; of who would have
         waited too long, when the line will be short enough."""
-        wait = self._wait(len(self._line) + 1, list(self._fleet), now)
+        is_batch = ask.service_class is ServiceClass.BATCH
+        waiting = len(self._batch) + len(self._plain_batch) if is_batch else len(self._line)
+        wait = self._wait(waiting + 1, list(self._fleet), now)
         if wait is None:
             wait = GUESSED_SECONDS
         if refusal is Refusal.WOULD_WAIT_TOO_LONG:
@@ -913,6 +939,8 @@ class Dispatcher:
     def _wait(self, requests: int, members: Sequence[Member], now: float) -> float | None:
         """In which so many requests will have been taken in, at the pace of these workers."""
         ready = [member for member in members if member.unfit(now) is None]
+        for member in ready:
+            member.window.fade(now)
         slots = sum(member.slots for member in ready)
         averages = [seconds for member in ready if (seconds := member.window.average_seconds) is not None]
         if not averages or not slots:
@@ -937,7 +965,7 @@ def _view(member: Member, now: float) -> WorkerView:
         breaker=member.breaker.phase,
         running=len(member.running),
         slots=member.slots,
-        models=tuple(offer.name for offer in member.offers),
+        models=tuple(offer.name for offer in member.offers if not offer.automatic),
         success_rate=member.window.success_rate,
         average_seconds=member.window.average_seconds,
         prefill_tokens_per_second=speeds.prefill_tokens_per_second if speeds else None,

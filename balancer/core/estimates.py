@@ -7,7 +7,7 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from balancer.core.model import BLOCK_CHARS, Ask, Prompt, ServiceClass
+from balancer.core.model import BLOCK_CHARS, Ask, Endpoint, Prompt, ServiceClass
 
 WINDOW_SECONDS = 300.0
 WINDOW_LENGTH = 100
@@ -100,6 +100,7 @@ class Speeds:
     """From the first token of answers to their last, with whatever came between."""
     prefill_samples: int = 0
     answers: int = 0
+    """Good ones, however short."""
 
     @classmethod
     def prior(cls, prefill_tokens_per_second: float, seconds_per_token: float) -> Speeds:
@@ -132,7 +133,6 @@ class Speeds:
         """A whole answer came at that pace."""
         keep = 0.9 if self.answers >= NEW_AFTER_ANSWERS else 0.3
         self.answering.learn(streams, seconds_per_token, 1.0, keep)
-        self.answers += 1
 
 
 PRIORS: tuple[tuple[str, str, float, float], ...] = (
@@ -163,6 +163,7 @@ def prior(engine: str, hardware: str) -> Speeds:
 TOKENS_PER_CHAR = 0.25
 """Of English text with today's tokenizers, until a model's own ratio was seen."""
 EXPECTED_ANSWER_TOKENS = 256.0
+LENGTHS_KEPT = 100
 
 
 @dataclass(slots=True)
@@ -171,6 +172,8 @@ class Sizes:
 
     tokens_per_char: float = TOKENS_PER_CHAR
     _answers: dict[ServiceClass, float] = field(default_factory=dict)
+    _lengths: dict[ServiceClass, deque[int]] = field(default_factory=dict)
+    """Of the last answers."""
 
     def prompt_tokens(self, prompt: Prompt) -> float:
         tokens = prompt.tokens if prompt.tokens is not None else prompt.chars * self.tokens_per_char
@@ -178,8 +181,21 @@ class Sizes:
 
     def answer_tokens(self, ask: Ask) -> float:
         """As many as answers of its class have had of late, and never more than it allows."""
+        if ask.needs.endpoint is Endpoint.EMBEDDINGS:
+            return 1.0
         expected = self._answers.get(ask.service_class, EXPECTED_ANSWER_TOKENS)
         return min(expected, float(ask.max_output)) if ask.max_output is not None else expected
+
+    def remaining_tokens(self, ask: Ask, written: int) -> float:
+        """Of an answer of which so much is written: the mean of what recent ones that were longer than that
+        had left."""
+        most = float("inf") if ask.max_output is None else float(ask.max_output - written)
+        longer = [one - written for one in self._lengths.get(ask.service_class, ()) if one > written]
+        if longer:
+            expected = sum(longer) / len(longer)
+        else:
+            expected = max(self.answer_tokens(ask) - written, 0.2 * written)
+        return max(min(expected, most), 1.0)
 
     def block_tokens(self) -> float:
         return BLOCK_CHARS * self.tokens_per_char
@@ -192,6 +208,8 @@ class Sizes:
         if output_tokens:
             known = self._answers.get(ask.service_class, EXPECTED_ANSWER_TOKENS)
             self._answers[ask.service_class] = known + 0.05 * (output_tokens - known)
+            lengths = self._lengths.setdefault(ask.service_class, deque(maxlen=LENGTHS_KEPT))
+            lengths.append(output_tokens)
 
 
 # What a worker remembers.

@@ -35,6 +35,8 @@ from balancer.core.model import (
 FAILED_BEFORE = "failed this request before"
 ASKED_FOR_REST = "asked to be left alone for a while"
 
+GUESSED_SECONDS = 5.0
+"""How long an answer is taken to last while none has been measured."""
 REMEMBERED_TOKENS = 64_000
 """How much of earlier prompts a worker is taken to remember while it does not say."""
 ANSWER_ROOM_TOKENS = 300
@@ -44,6 +46,10 @@ MEMORY_SHARE = 0.95
 RELIABILITY_STEP = 0.2
 LEAST_RELIABILITY = 0.01
 """So that a weight is never zero."""
+REPORTS_LAG_SECONDS = 2.0
+"""What was sent or has ended within so long a report may count or not."""
+CONTEXT_TOLERANCE = 1.1
+"""How wrong the estimate of a prompt's tokens may be before it counts as too long for a context."""
 SLOW_START_SHARE = 1 / 8
 SLOW_START_GROWTH = 1.5
 """After a failure a worker gets an eighth of its slots, half as many more with each answer (ROUTING 2)."""
@@ -148,6 +154,8 @@ class Member:
     """In all, for which it has had prompts to read; until `reading_since`, while it has."""
     reading_since: float = 0.0
     last_picked: float = -inf
+    last_change: float = -inf
+    """Of what runs on it."""
     calibrated: set[ModelName] = field(default_factory=set)
     _lines: dict[ModelName, Line] = field(default_factory=dict)
 
@@ -276,8 +284,10 @@ class Member:
                 (one.sent + one.expected if one.first is None else one.first) + one.output * token
                 for one in self.running.values()
             ),
-            default=-inf,
+            default=None,
         )
+        if free_at is None:  # full of what others sent, if at all
+            free_at = self.last_change + (self.window.average_seconds or GUESSED_SECONDS)
         loading = 0.0 if offer.loaded else offer.load_seconds
         return Line(
             fixed=token + loading,
@@ -316,7 +326,7 @@ class Member:
             self.papers_in_use[flight.paper] = self.papers_in_use.get(flight.paper, 0) + 1
         if len(self.running) == 1:
             self.last_byte = flight.sent
-        self.last_picked = flight.sent
+        self.last_picked = self.last_change = flight.sent
         self.changed()
 
     def began(self, flight: Flight, now: float) -> None:
@@ -338,6 +348,7 @@ class Member:
         if self.running.pop(flight.ticket, None) is None:
             return
         self._is_read(flight, now)
+        self.last_change = now
         self.chats -= flight.is_interactive and flight.kind == "ask"
         if flight.paper is not None:
             self.papers_in_use[flight.paper] -= 1
@@ -389,6 +400,8 @@ class Fleet:
         self._departed: dict[WorkerId, Member] = {}
         """Workers that left while something ran on them: should one come back, that counts."""
         self._able: dict[tuple[ModelName, Endpoint], Able] = {}
+        self.version = 0
+        """Grows whenever somebody's health or offer has changed."""
 
     def __iter__(self) -> Iterator[Member]:
         return iter(self._members.values())
@@ -425,6 +438,7 @@ class Fleet:
             if member.worker.cap != worker.cap:
                 member.learned_limit = None
             member.worker = worker
+            member.changed()
         self._index(worker.id)
 
     def gone(self, worker_id: WorkerId) -> None:
@@ -456,10 +470,11 @@ class Fleet:
             member.starts_slowly()  # its engine starts anew
         was_lost = member.lost is not None
         member.condition, member.lost, member.heard = condition, None, True
-        external = 0
-        if condition.running is not None:
-            # Reports lag: what was sent or has ended within the last second may be counted or not.
-            external = max(0, condition.running - len(member.running) - 1)
+        external = member.external
+        if condition.running is None:
+            external = 0
+        elif now - member.last_change > REPORTS_LAG_SECONDS:
+            external = max(0, condition.running - len(member.running))
         if external != member.external:
             member.external = external
             member.changed()
@@ -481,6 +496,7 @@ class Fleet:
     def forget_able(self) -> None:
         """Somebody's health has changed."""
         self._able.clear()
+        self.version += 1
 
     @property
     def all_heard(self) -> bool:
@@ -498,8 +514,14 @@ class Fleet:
         )
 
     def models(self) -> dict[ModelName, tuple[ModelOffer, ...]]:
-        """Each model that is served, by name, with one offer per worker that serves it."""
-        return {name: tuple(offers.values()) for name, offers in sorted(self._by_model.items())}
+        """Each model that is served, by name, with one offer per worker that serves it. Automatic names are
+        left out where they would only say another name again."""
+        return {
+            name: tuple(offers.values())
+            for name, offers in sorted(self._by_model.items())
+            if len({offer.known_as for offer in offers.values()}) > 1
+            or not all(offer.automatic for offer in offers.values())
+        }
 
     def offers_of(self, model: ModelName) -> Mapping[WorkerId, ModelOffer]:
         return self._by_model.get(model, {})
@@ -551,6 +573,17 @@ class Fleet:
             member.worker.id: FAILED_BEFORE for member in able.members if member.worker.id in needs.avoid
         }
         return others, {**able.excluded, **failed}
+
+    def is_too_long(self, tokens: float, offer: ModelOffer, needs: Needs, now: float) -> bool:
+        """Such a prompt is longer than the context here, and another worker has a longer one."""
+        own = offer.context_tokens
+        if own is None or tokens <= CONTEXT_TOLERANCE * own:
+            return False
+        offers = self.offers_of(needs.model)
+        return any(
+            (other := offers[member.worker.id].context_tokens) is None or other > own
+            for member in self.allowed(needs, now)[0]
+        )
 
     def condition_of(self, needs: Needs, now: float) -> str:
         """For people: how the workers that serve this are, `studio: loading; mini: connection refused`."""

@@ -53,6 +53,10 @@ class Forecast:
     def answer_tokens(self, ask: Ask) -> float:
         return self.sizes(ask.needs.model).answer_tokens(ask)
 
+    def remaining_tokens(self, flight: Flight) -> float:
+        """Of an answer that has come this far."""
+        return self.sizes(flight.ask.needs.model).remaining_tokens(flight.ask, flight.tokens)
+
     def cached(self, ask: Ask, member: Member, offer: ModelOffer, home: Home | None) -> float:
         """Tokens of the prompt that this worker need not compute."""
         blocks = ask.prompt.blocks

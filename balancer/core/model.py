@@ -111,6 +111,8 @@ class ModelOffer:
     identity: str = ""
     """Base model and quantisation as the worker tells them (`qwen2.5-7b-instruct q4_k_m`); empty: unknown.
     Two offers of one name whose identities differ are different models under one name."""
+    automatic: bool = False
+    """The name was made from the identity. It is listed where it brings models of several names together."""
     loaded: bool = True
     """It answers without loading the model first."""
     load_seconds: float = 0.0

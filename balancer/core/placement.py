@@ -68,7 +68,9 @@ class PlacementPolicy:
     """Another worker must be so many times better than the home of a conversation."""
     cut: float = 1.5
     cut_seconds: float = 0.1
-    """Who would take longer than `cut` times the best, and so many seconds, is waited past."""
+    """Who would take longer than `cut` times the best, and so many seconds, is waited past ..."""
+    patience: float = 1.0
+    """... for so long, as a share of the seconds by which it is worse."""
 
     @property
     def policy(self) -> Policy:
@@ -87,7 +89,8 @@ def expected_seconds(line: Line, uncached: float, output: float, now: float, *, 
     else:
         seconds += line.backlog_least
     if full:
-        seconds += max(line.free_at - now, line.token_seconds)
+        # What should have ended and has not is expected to take as long again as it is late.
+        seconds += max(abs(line.free_at - now), line.token_seconds)
     return seconds
 
 

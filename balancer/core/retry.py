@@ -30,6 +30,8 @@ class Cause(Enum):
     """The time that a request may take as a whole is over."""
     LEFT = "client_left"
     """The client went away while the worker was at it."""
+    OUTRUN = "outrun"
+    """Another attempt at the same request had the answer first; nobody failed."""
     REJECTED = "rejected"
     """The worker read the request and says that the request is wrong."""
 
@@ -50,6 +52,7 @@ CAUSES: dict[Cause, Consequence] = {
     Cause.CUT: Consequence(Verdict.BAD, again=False),
     Cause.OVERDUE: Consequence(Verdict.UNKNOWN, again=False),
     Cause.LEFT: Consequence(Verdict.UNKNOWN, again=False),
+    Cause.OUTRUN: Consequence(Verdict.UNKNOWN, again=False),
     Cause.REJECTED: Consequence(Verdict.UNKNOWN, again=False),
 }
 

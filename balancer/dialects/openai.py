@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
 
 from balancer.core.errors import BadRequest, RequestError
-from balancer.core.model import Endpoint, ModelName, ModelOffer
+from balancer.core.model import Endpoint, ModelName, ModelOffer, Prompt, ServiceClass
+from balancer.dialects import prompts
 
 Json = dict[str, Any]
 
@@ -148,6 +149,15 @@ FIELDS: Mapping[Endpoint, Mapping[str, Expectation]] = {
         "user": TEXT,
     },
 }
+FOR_US: Mapping[str, Expectation] = {
+    "prompt_cache_key": TEXT,
+    "service_tier": Expectation(
+        '"auto", "default", "flex", "priority" or "scale"',
+        lambda value: value in ("auto", "default", "flex", "priority", "scale"),
+    ),
+}
+"""Fields of any request that are checked and not passed on: OpenAI's own words for what a room decides by
+itself. Who shares a prompt's beginning is seen in the prompt."""
 REQUIRED: Mapping[Endpoint, str] = {
     Endpoint.CHAT: "messages",
     Endpoint.COMPLETIONS: "prompt",
@@ -171,6 +181,11 @@ class Request:
     stream_options: Json
     usage_wanted: bool
     """The client asked for the usage event at the end of a stream."""
+    service_class: ServiceClass
+    """As the body says it: OpenAI's `"service_tier": "flex"` is what waits until there is room."""
+    prompt: Prompt
+    max_output: int | None
+    """Tokens that the answer may have at most; None: the client names no limit."""
 
     def to_worker(self, model: str, *, stream: bool) -> bytes:
         """The body for a worker that calls the model so. Streams always end with their usage."""
@@ -179,9 +194,30 @@ class Request:
             head |= {"stream": True, "stream_options": {**self.stream_options, "include_usage": True}}
         return orjson.dumps(head)[:-1] + b"," + self.body[1:]
 
+    def beginning(self, chars: int) -> Request | None:
+        """A request that makes an engine read so much of the prompt, and remember it; None: no such request
+        can be made of this one. Takes milliseconds where the body has megabytes."""
+        body = prompts.beginning(self.endpoint, self.body, chars)
+        if body is None:
+            return None
+        return replace(self, body=body, choices=1, stream=False, stream_options={}, usage_wanted=False)
 
-def parse(endpoint: Endpoint, body: bytes) -> Request:
-    """Raises `BadRequest` that names the field and what was expected of it."""
+
+def trial(endpoint: Endpoint, model: ModelName, text: str, max_output: int) -> Request:
+    """A request of our own, to see whether a worker generates and how fast."""
+    fields: Json = {REQUIRED[endpoint]: text}
+    if endpoint is Endpoint.CHAT:
+        fields = {"messages": [{"role": "user", "content": text}]}
+    if endpoint is not Endpoint.EMBEDDINGS:
+        fields["max_tokens"] = max_output
+    return parse(endpoint, orjson.dumps({"model": model} | fields))
+
+
+def parse(endpoint: Endpoint, body: bytes, key: bytes = b"") -> Request:
+    """Raises `BadRequest` that names the field and what was expected of it.
+
+    `key`: for the hashes in the prompt's description (see `prompts`); secret, where others see them.
+    """
     try:
         fields = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -195,14 +231,8 @@ def parse(endpoint: Endpoint, body: bytes) -> Request:
         raise BadRequest("'model' is missing: name one that GET /v1/models lists.", param="model")
     if not isinstance(model, str) or not 0 < len(model) <= 256:
         raise BadRequest("'model' must be a string of 1 to 256 characters.", param="model")
-    kept: Json = {}
-    for name, expectation in FIELDS[endpoint].items():
-        value = fields.get(name)
-        if value is None:
-            continue
-        if not expectation.holds(value):
-            raise BadRequest(f"'{name}' must be {expectation.words}.", param=name)
-        kept[name] = value
+    kept = _checked(fields, FIELDS[endpoint])
+    for_us = _checked(fields, FOR_US)
     required = REQUIRED[endpoint]
     if not kept.get(required):
         raise BadRequest(f"'{required}' is missing or empty.", param=required)
@@ -225,7 +255,25 @@ def parse(endpoint: Endpoint, body: bytes) -> Request:
         stream=stream,
         stream_options=options,
         usage_wanted=bool(options.get("include_usage")),
+        service_class=ServiceClass.BATCH
+        if for_us.get("service_tier") == "flex"
+        else ServiceClass.INTERACTIVE,
+        prompt=prompts.describe(endpoint, kept, key),
+        max_output=kept.get("max_completion_tokens", kept.get("max_tokens")),
     )
+
+
+def _checked(fields: Json, expected: Mapping[str, Expectation]) -> Json:
+    """Those of the fields that are expected; null is left out."""
+    kept: Json = {}
+    for name, expectation in expected.items():
+        value = fields.get(name)
+        if value is None:
+            continue
+        if not expectation.holds(value):
+            raise BadRequest(f"'{name}' must be {expectation.words}.", param=name)
+        kept[name] = value
+    return kept
 
 
 def _count_prompts(prompt: Any) -> int:
@@ -266,6 +314,8 @@ REPORTS_ERROR = "it reports an error where an answer should be"
 class Usage:
     prompt_tokens: int | None = None
     output_tokens: int | None = None
+    cached_tokens: int | None = None
+    """Of the prompt's."""
 
 
 class AnswerError(Exception):
@@ -297,9 +347,17 @@ class StreamReader:
     finishes: int = 0
     """How often a `finish_reason` was seen: once for each choice that is whole."""
     usage: Usage = field(default_factory=Usage)
+    pieces: int = 0
+    """Events that held a part of the answer: a token each, as a rule."""
     _their_model: re.Pattern[bytes] | None = None
     _our_model: bytes = b""
     _looked: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Of the answer until now: counted by its pieces until the worker tells."""
+        told = self.usage.output_tokens
+        return self.pieces if told is None else told
 
     @property
     def is_whole(self) -> bool:
@@ -317,6 +375,7 @@ class StreamReader:
         if self.begun and _USAGE not in event:
             if _FINISHED.search(event):
                 self.finishes += 1
+            self.pieces += 1
             return self._renamed(event)
         return self._read_closely(event)
 
@@ -325,7 +384,9 @@ class StreamReader:
         if not self._looked:
             self._learn_name(chunk)
         choices = chunk["choices"]
-        self.begun = self.begun or any(_says_something(choice) for choice in choices)
+        if any(_says_something(choice) for choice in choices):
+            self.begun = True
+            self.pieces += 1
         self.finishes += sum(bool(choice.get("finish_reason")) for choice in choices)
         if chunk.get("usage"):
             self.usage = read_usage(chunk)
@@ -477,7 +538,20 @@ def read_usage(answer: Json) -> Usage:
     usage = answer.get("usage")
     if not isinstance(usage, dict):
         return Usage()
-    return Usage(_count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")))
+    return Usage(
+        _count(usage.get("prompt_tokens")),
+        _count(usage.get("completion_tokens")),
+        _cached(usage, answer.get("timings")),
+    )
+
+
+def _cached(usage: Json, timings: Any) -> int | None:
+    """In OpenAI's form (vLLM, mlx_lm, new llama.cpp), else in llama.cpp's own."""
+    details = usage.get("prompt_tokens_details")
+    cached = _count(details.get("cached_tokens")) if isinstance(details, dict) else None
+    if cached is None and isinstance(timings, dict):
+        cached = _count(timings.get("cache_n"))
+    return cached
 
 
 def _count(value: Any) -> int | None:

@@ -1,14 +1,16 @@
-"""What no policy can beat: the fluid bound of a batch, the least prefill, the chats a fleet can carry. Pure.
+"""What a batch takes at the best, the least prefill, the chats a fleet can carry. Pure.
 
-The bound follows from the engine model: its time is spent on reading tokens and on steps, and a step is
-shared by at most as many streams as there are slots and memory for. It allows any split of the batch
-between the machines, also of one paper (whose prefix is then computed on each). So it is the dual of a
-linear program: for any prices of the machines' seconds,
+There are two bounds of a batch. `fluid_bound` is the routing study's (`bound.py`), in which its goals are
+given: every machine is busy to the end with the same mixture of papers, at its best batch size. A clever
+split can beat that by some per cent, so `makespan_bound` is what no policy can beat. It follows from the
+engine model: its time is spent on reading tokens and on steps, and a step is shared by at most as many
+streams as there are slots and memory for. It allows any split of the batch between the machines, also of
+one paper (whose prefix is then computed on each). So it is the dual of a linear program: for any prices of
+the machines' seconds,
 
     makespan >= sum over papers of (the cheapest way to do that paper) / (sum of the prices).
 
-Prices are sought that make it high; any prices at all make it true. (The routing study's own bound, in
-`bound.py`, gives each machine the same mixture of papers, which a clever split can beat by some per cent.)
+Prices are sought that make it high; any prices at all make it true.
 """
 
 from __future__ import annotations
@@ -65,6 +67,32 @@ def makespan_bound(
             excess = (load[spec] - able) / max(load[spec], able, 1e-9)
             prices[spec] *= 1 + 0.5 / (1 + number / 4) * excess
     return best
+
+
+def fluid_bound(
+    engines: tuple[EngineSpec, ...], batch: Sequence[Paper], faults: tuple[Fault, ...] = ()
+) -> float:
+    """Seconds, as `makespan_bound`."""
+    rates = {spec: 1 / sum(_paper_seconds(spec, paper) for paper in batch) for spec in dict.fromkeys(engines)}
+    usable = [_usable_seconds([one for one in faults if one.machine == i]) for i in range(len(engines))]
+
+    def done(moment: float) -> float:
+        return sum(rates[engine] * by(moment) for engine, by in zip(engines, usable, strict=True))
+
+    return _first_time(1.0, done)
+
+
+def _paper_seconds(spec: EngineSpec, paper: Paper) -> float:
+    """On a machine that always has as many streams as its slots and memory allow."""
+    works = [one.work for one in paper.requests]
+    count = len(works)
+    each = (paper.prefix + sum(work.own + work.output for work in works)) / count
+    streams = max(1, min(spec.slots, int(min(spec.pool_tokens / each, spec.slots))))
+    context = sum(work.prompt + work.output / 2 for work in works) / count
+    token = spec.step_seconds / streams + spec.stream_seconds + spec.context_seconds * context
+    reading = spec.prefill_seconds(0, paper.prefix)
+    reading += sum(spec.prefill_seconds(paper.prefix, work.own) for work in works)
+    return reading + token * sum(work.output for work in works)
 
 
 def _costs(spec: EngineSpec, batch: Sequence[Paper]) -> list[_Cost]:

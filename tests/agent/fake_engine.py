@@ -39,6 +39,8 @@ class Handler(BaseHTTPRequestHandler):
             threading.Thread(target=stop_listening, args=(self.server,)).start()
         elif self.path == "/health":
             self.answer(503 if self.mode == "mute" else 200, {})
+        elif self.path == "/capacity":
+            self.answer(200, {"tokens": 4096})
         elif self.path == "/v1/models":
             self.answer(200, {"data": [{"id": "fake", "context": 512}]})
         else:

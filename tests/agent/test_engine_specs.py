@@ -10,7 +10,7 @@ import pytest
 from worker_agent.engines import ENGINES
 from worker_agent.engines.llama_cpp import LLAMA_CPP
 from worker_agent.engines.mlx import MLX
-from worker_agent.engines.spec import Launch, generated
+from worker_agent.engines.spec import Capacity, Launch, generated
 from worker_agent.engines.vllm import VLLM
 from worker_agent.wire import INFERENCE_PATHS
 
@@ -79,6 +79,49 @@ def test_the_context_is_read_from_what_the_models_route_says() -> None:
     assert LLAMA_CPP.read_context_tokens({"id": "m", "meta": None}) is None
     assert VLLM.read_context_tokens({"id": "m", "max_model_len": "many"}) is None
     assert MLX.read_context_tokens({"id": "/models/m"}) is None
+
+
+def test_llama_cpp_holds_its_slots_and_remembers_more_in_ram() -> None:
+    per_token = 64 * 1024  # 512 MiB hold 8192 tokens of it
+    launch = replace(LAUNCH, cache_bytes_per_token=per_token)
+    assert LLAMA_CPP.read_capacity(launch, 2048, "") == Capacity(
+        memory_tokens=4 * 2048, cache_tokens=4 * 2048 + 8192
+    )
+
+
+def test_llama_cpp_counts_its_slots_alone_where_the_file_does_not_tell_what_a_token_takes() -> None:
+    assert LLAMA_CPP.read_capacity(LAUNCH, 2048, "").cache_tokens == 4 * 2048
+    assert LLAMA_CPP.read_capacity(LAUNCH, None, "") == Capacity()
+
+
+VLLM_METRICS = """\
+# HELP vllm:cache_config_info Information of the LLMEngine CacheConfig
+# TYPE vllm:cache_config_info gauge
+vllm:cache_config_info{block_size="16",cache_dtype="auto",calculate_kv_scales="False",cpu_offload_gb="0",\
+enable_prefix_caching="True",engine="0",gpu_memory_utilization="0.9",num_cpu_blocks="None",\
+num_gpu_blocks="27896",num_gpu_blocks_override="None",swap_space="4"} 1.0
+vllm:num_requests_running{engine="0",model_name="m"} 0.0
+"""
+"""Written after the server's documentation, not recorded."""
+
+
+def test_vllm_tells_its_kv_cache_on_its_metrics_page() -> None:
+    assert VLLM.capacity_path == "/metrics"
+    tokens = 27896 * 16
+    assert VLLM.read_capacity(LAUNCH, 32768, VLLM_METRICS) == Capacity(
+        memory_tokens=tokens, cache_tokens=tokens
+    )
+
+
+@pytest.mark.parametrize(
+    "page", ["", "vllm:cache_config_info{} 1.0", VLLM_METRICS.replace("27896", "None"), "\0" * 100]
+)
+def test_a_vllm_that_does_not_tell_it_is_of_unknown_capacity(page: str) -> None:
+    assert VLLM.read_capacity(LAUNCH, 32768, page) == Capacity()
+
+
+def test_what_mlx_holds_is_not_known() -> None:
+    assert MLX.read_capacity(LAUNCH, 2048, "") == Capacity()
 
 
 @pytest.mark.parametrize(

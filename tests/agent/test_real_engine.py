@@ -89,6 +89,9 @@ async def test_it_reports_the_model_once_it_has_generated(
     report = await report_of(client, shared_agent, EngineState.READY)
     [model] = report.models
     assert (report.engine, report.slots, model.name, model.context_tokens) == ("llama.cpp", 2, MODEL, 2048)
+    assert model.identity == "SmolLM2-135M-Instruct.Q4_1.gguf"
+    # 30 layers of 3 heads, 64 wide, keys and values in f16: 23040 bytes a token, of the cache's 512 MiB.
+    assert (model.memory_tokens, model.cache_tokens) == (4096, 4096 + 512 * 2**20 // 23040)
 
 
 async def test_it_streams_token_by_token_to_the_end_marker(

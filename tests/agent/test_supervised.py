@@ -15,6 +15,7 @@ import aiohttp
 import pytest
 
 from agent.scenes import alive, fake_plan, pids, until
+from worker_agent.engines.spec import Capacity, Launch
 from worker_agent.readiness import answers_at_all, free_port
 from worker_agent.supervised import SupervisedEngine
 from worker_agent.supervision import State, SupervisionPolicy
@@ -46,6 +47,24 @@ async def test_it_is_ready_once_it_has_generated_and_gone_when_it_is_not_wanted(
         await asyncio.wait_for(engine.stopped(), 10)
     assert seen == [State.STARTING, State.READY, State.STOPPING, State.STOPPED]
     assert not alive(pids(starts)[0])
+
+
+async def test_what_it_holds_is_read_once_it_is_ready(starts: Path) -> None:
+    plan = fake_plan(starts, "serve")
+
+    def capacity(launch: Launch, context_tokens: int | None, page: str) -> Capacity:
+        return Capacity(memory_tokens=launch.slots * (context_tokens or 0), cache_tokens=len(page))
+
+    for path, cached in (("/capacity", len('{"tokens": 4096}')), ("/not-there", 0), (None, 0)):
+        spec = replace(plan.spec, capacity_path=path, read_capacity=capacity)
+        engine = SupervisedEngine(replace(plan, spec=spec), FAST, lambda: None)
+        async with engine.supervised():
+            engine.want()
+            await until(lambda engine=engine: engine.state is State.READY)
+            assert engine.serving is not None
+            assert engine.serving.capacity == Capacity(memory_tokens=2 * 512, cache_tokens=cached)
+            engine.unwant()
+            await asyncio.wait_for(engine.stopped(), 10)
 
 
 async def test_one_that_crashes_once_is_started_again(starts: Path) -> None:

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+from pathlib import Path
+
+import orjson
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,7 +16,9 @@ from balancer.batch.asks import (
     merging,
     rounds,
 )
-from balancer.batch.presets import Preset, Prompt
+from balancer.batch.presets import Preset, Prompt, Shelf
+from balancer.core.model import BLOCK_CHARS, Endpoint
+from balancer.dialects.openai import parse
 
 PRESET = Preset(
     name="mine",
@@ -27,18 +33,16 @@ NAMES = ("a", "b", "c", "d")
     st.lists(st.sampled_from(NAMES), unique=True),
     st.frozensets(st.builds(Place, st.integers(0, 6), st.sampled_from(NAMES))),
 )
-def test_each_open_question_is_asked_once_in_order_and_the_first_of_a_section_alone(
+def test_each_open_question_is_asked_once_in_order_and_all_about_a_section_together(
     sections: int, prompts: list[str], answered: frozenset[Place]
 ):
     planned = rounds(sections, prompts, answered)
     asked = [place for together in planned for place in together]
     every = [Place(section, name) for section in range(sections) for name in prompts]
     assert asked == [place for place in every if place not in answered]
-    begun: set[int] = set()
-    for together in planned:
-        (section,) = {place.section for place in together}
-        assert section in begun or len(together) == 1
-        begun.add(section)
+    of_rounds = [{place.section for place in together} for together in planned]
+    assert all(len(of_one) == 1 for of_one in of_rounds)
+    assert len({section for of_one in of_rounds for section in of_one}) == len(planned)
 
 
 def test_the_document_comes_first_and_the_question_last():
@@ -51,6 +55,21 @@ def test_the_document_comes_first_and_the_question_last():
     prefix = first.user.removesuffix("What?")
     assert "The text." in prefix
     assert second.user.startswith(prefix)
+
+
+@pytest.mark.parametrize("name", ["analysis", "research", "summary"])
+def test_a_balancer_sees_that_all_questions_of_a_preset_are_about_one_paper(name: str):
+    """They share every block of the prompt but those that the question itself is in."""
+    paper = "".join(f"{number}. A sentence of the paper. " for number in range(1000))
+    preset = Shelf(Path("nowhere")).get(name)
+    described = []
+    for prompt in preset.prompts:
+        request = about_text(preset, prompt, paper, section=0, sections=1, model="m", max_tokens=9)
+        described.append(parse(Endpoint.CHAT, orjson.dumps(request.body())).prompt.blocks)
+    whole = len(paper) // BLOCK_CHARS
+    assert len(described) > 1
+    assert len({blocks[:whole] for blocks in described}) == 1
+    assert len(described[0]) >= whole
 
 
 def test_a_question_about_a_section_says_which():

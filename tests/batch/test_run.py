@@ -88,22 +88,15 @@ async def test_papers_of_each_kind_get_a_row_in_their_order_and_a_report(
     assert all(f"## {name}" in report for name in ("One", "Two", "Three"))
 
 
-async def test_the_first_question_about_a_paper_goes_alone_and_its_followers_together(
-    endpoint: FakeEndpoint, tmp_path: Path
-):
+async def test_the_questions_about_a_paper_are_sent_back_to_back(endpoint: FakeEndpoint, tmp_path: Path):
     (paper,) = text_papers(tmp_path, "Bears.")
     async with asyncio.TaskGroup() as group:
-        endpoint.held = "What of one?"
-        group.create_task(run(endpoint, [paper], tmp_path / "out"))
-        await endpoint.until(lambda: endpoint.answering == 1)
         endpoint.held = "Bears."
+        group.create_task(run(endpoint, [paper], tmp_path / "out"))
+        await endpoint.until(lambda: endpoint.answering == 3)
+        assert not endpoint.answered
         endpoint.release.set()
-        endpoint.release = asyncio.Event()
-        await endpoint.until(lambda: endpoint.answering == 2)
-        assert len(endpoint.answered) == 1
-        endpoint.release.set()
-    assert endpoint.alone == [True, True, False]
-    assert endpoint.questions()[0].endswith("What of one?")
+    assert {headers["X-Priority"] for headers in endpoint.headers} == {"batch"}
     assert len({text.rsplit("What of", 1)[0] for text in endpoint.questions()}) == 1
 
 
@@ -186,7 +179,7 @@ async def test_a_context_that_is_smaller_than_told_halves_the_sections_until_the
     assert row.completed
     assert row.sections in (4, 5)
     refused = len(endpoint.asked) - len(endpoint.answered)
-    assert refused == 2
+    assert refused == 2 * len(PRESET.prompts)
     assert seen.shares[-1] == 1
 
 
@@ -284,7 +277,7 @@ async def test_an_interrupted_second_run_keeps_the_rows_of_the_papers_that_it_di
     with pytest.raises(asyncio.CancelledError):
         async with asyncio.TaskGroup() as group:
             second = group.create_task(run(endpoint, papers, out, papers_at_once=1))
-            await endpoint.until(lambda: endpoint.answering == 1 and len(endpoint.answered) == 12)
+            await endpoint.until(lambda: endpoint.answering == 3 and len(endpoint.answered) == 12)
             second.cancel()
         await second
     after = rows_in(out)
@@ -349,7 +342,7 @@ async def test_what_was_refused_to_one_copy_of_a_paper_is_not_asked_for_the_othe
     rows = await run(endpoint, text_papers(tmp_path, "Bears.", "Bears."), tmp_path / "out")
     assert [row.completed for row in rows] == [False, False]
     assert rows[0].error == rows[1].error
-    assert len(endpoint.asked) == QUICK.broken_tries
+    assert len(endpoint.asked) == QUICK.broken_tries * len(PRESET.prompts)
     endpoint.breaks_on = None
     rows = await run(endpoint, text_papers(tmp_path, "Bears.", "Bears."), tmp_path / "out")
     assert all(row.completed for row in rows)

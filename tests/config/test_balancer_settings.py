@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from balancer.config_file import ConfigFaults, ConfigFile, Tunables
-from balancer.settings import Settings, SettingsError, load, variable
+from balancer.core.placement import POLICIES
+from balancer.settings import SettingsError, load, variable
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +68,11 @@ def test_a_file_beats_defaults_a_variable_the_file_and_a_flag_the_variable(confi
         ("BALANCER_MDNS", "no", "mdns", False),
         ("BALANCER_DATA_DIR", "/srv/x", "data_dir", Path("/srv/x")),
         ("BALANCER_MAX_QUEUE", "", "max_queue", 1000),
+        ("BALANCER_MAX_WAITING_BATCH", "5", "max_waiting_batch", 5),
+        ("BALANCER_MAX_WAIT_SECONDS_BATCH", "60", "max_wait_seconds_batch", 60.0),
+        ("BALANCER_BATCH_RESERVE", "0", "batch_reserve", 0.0),
+        ("BALANCER_BATCH_FLOOR", "0.1", "batch_floor", 0.1),
+        ("BALANCER_POLICY", "round_robin", "policy", "round_robin"),
     ],
 )
 def test_a_setting_has_its_variable(monkeypatch, name, value, key, expectation):
@@ -77,14 +83,24 @@ def test_a_setting_has_its_variable(monkeypatch, name, value, key, expectation):
 
 @pytest.mark.parametrize("name", ["PORT", "HOST", "max_retries", "BALANCER_MAX_RETRIES"])
 def test_a_variable_of_another_name_says_nothing(monkeypatch, name):
+    before = load(None, {}).model_dump()
     monkeypatch.setenv(name, "12")
-    assert load(None, {}).model_dump() == Settings.model_construct().model_dump()
+    assert load(None, {}).model_dump() == before
 
 
 def test_weights_in_a_variable_are_laid_over_those_of_the_file(config, monkeypatch):
     monkeypatch.setenv("BALANCER_SCORER_WEIGHTS", '{"availability": 1}')
-    weights = load(config(scorer_weights={"response_time": 0.5}), {}).scorer_weights
-    assert (weights.availability, weights.success_rate, weights.response_time) == (1, 0.4, 0.5)
+    path = config(policy="weighted_random", scorer_weights={"response_time": 0.5})
+    weights = load(path, {}).scorer_weights.root
+    assert weights == {"availability": 1, "success_rate": 0.4, "response_time": 0.5}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_policy_from_a_variable_weighs_by_its_own_weights(config, monkeypatch, policy):
+    path = config(policy="weighted_random", scorer_weights={"availability": 0.5})
+    monkeypatch.setenv("BALANCER_POLICY", policy)
+    given = {"availability": 0.5} if policy == "weighted_random" else {}
+    assert load(path, {}).scorer_weights.root == {**POLICIES[policy].weights, **given}
 
 
 @pytest.mark.parametrize(
@@ -97,6 +113,13 @@ def test_weights_in_a_variable_are_laid_over_those_of_the_file(config, monkeypat
         ("LOG_LEVEL", "loud", 'LOG_LEVEL is \'loud\': expected one of "DEBUG", "INFO"'),
         ("BALANCER_PORT", "tcp://10.0.0.1:4000", "BALANCER_PORT is 'tcp://10.0.0.1:4000': expected a whole"),
         ("BALANCER_SCORER_WEIGHTS", "0.4", "BALANCER_SCORER_WEIGHTS is '0.4': expected an object"),
+        (
+            "BALANCER_SCORER_WEIGHTS",
+            '{"availability": 1}',
+            'the policy "expected_latency" has no scorer "availability": expected reliability or expect',
+        ),
+        ("BALANCER_POLICY", "fast", "BALANCER_POLICY is 'fast': expected one of \"expected_latency\", "),
+        ("BALANCER_BATCH_RESERVE", "1", "BALANCER_BATCH_RESERVE is '1': expected a number from 0 to 0.9"),
         ("BALANCER_SCORER_WEIGHTS", "{", "BALANCER_SCORER_WEIGHTS is not JSON: expected an object"),
         ("BALANCER_WORKERS", "[]", "workers are listed in the JSON file only"),
     ],

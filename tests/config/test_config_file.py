@@ -20,6 +20,8 @@ from balancer.config_file import (
     read,
 )
 from balancer.core.model import Worker
+from balancer.core.placement import DEFAULT_POLICY, POLICIES, PlacementPolicy
+from balancer.core.scorers import SCORERS
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = (
@@ -110,7 +112,36 @@ def test_the_shipped_settings_show_every_key_with_its_default():
     file = read(ROOT / "configs" / "balancer.json")
     assert file == ConfigFile()
     assert file.model_fields_set == set(ConfigFile.model_fields) - {"schema_"}
-    assert file.scorer_weights.model_fields_set == set(type(file.scorer_weights).model_fields)
+    assert file.scorer_weights.root == POLICIES[DEFAULT_POLICY].weights
+
+
+def test_the_policies_are_those_of_the_core():
+    settings = ConfigFile()
+    assert settings.policy == DEFAULT_POLICY
+    schema = ConfigFile.model_json_schema()
+    assert schema["properties"]["policy"]["enum"] == list(POLICIES)
+    assert set(schema["$defs"]["ScorerWeights"]["properties"]) == set(SCORERS)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_weights_that_are_left_out_are_the_policys_own(policy):
+    assert parse(json.dumps({"policy": policy}), "f").scorer_weights.root == POLICIES[policy].weights
+    first = next(iter(POLICIES[policy].weights))
+    file = parse(json.dumps({"scorer_weights": {first: 0.75}, "policy": policy}), "f")
+    expectation = PlacementPolicy(policy, {first: 0.75}).effective_weights()
+    assert file.scorer_weights.root == expectation
+
+
+def test_an_alias_is_a_public_name_for_one_of_the_workers_own():
+    found = worker(host="h", type="ollama", aliases={"qwen": "qwen2.5:7b", "small": "llama3.2"})
+    assert found.aliases == (("qwen", "qwen2.5:7b"), ("small", "llama3.2"))
+    assert found.only == frozenset()
+
+
+def test_an_alias_of_the_configured_model_may_leave_out_ollamas_default_tag():
+    found = worker(host="h", type="ollama", model="llama3.2", aliases={"a": "llama3.2:latest"})
+    assert found.only == {"llama3.2"}
+    assert found.aliases == (("a", "llama3.2"),)  # the name under which it is offered
 
 
 def test_the_shipped_example_has_one_worker_of_each_type():
@@ -147,6 +178,21 @@ def test_every_key_is_described_in_the_json_schema():
         ('"id": " "', '" " holds nothing'),
         ('"id": "a\\nb"', "cannot be printed"),
         ('"model": ""', "1 to 128 characters"),
+        ('"aliases": {"a": ""}', 'f.json:2:32: "a" is "": expected text in double quotes, 1 to 128'),
+        ('"aliases": {"": "m"}', 'f.json:2:27: the name "" cannot be used: expected 1 to 128 printable'),
+        ('"aliases": {"a\\tb": "m"}', "f.json:2:27: the name"),
+        ('"aliases": {"a": "b\\tc"}', "f.json:2:32: "),
+        ('"aliases": ["a"]', '"aliases" is a list: expected an object in { } of names, each with text in'),
+        (
+            '"model": "qwen-7b", "aliases": {"a": "qwen-7b", "b": "qwen-7"}',
+            'f.json:2:68: the alias "b" is for "qwen-7", but "model" of this worker is "qwen-7b",'
+            ' did you mean "qwen-7b"?',
+        ),
+        (
+            '"model": "llama3.2", "aliases": {"a": "llama3.2:latest"}',
+            "did you mean",
+        ),
+        ('"model": "m", "aliases": {"a": "zzz"}', 'is "m": name that, or leave "model" out'),
         ('"tls": 1', '"tls" is 1: expected true or false (default false)'),
     ],
 )
@@ -201,12 +247,25 @@ def test_a_host_that_is_more_than_a_host_is_taken_apart_in_the_advice(host, advi
         ('{"workers": [7]}', "f.json:1:14: workers[0] is 7: expected an object in { } with host, port"),
         ('{"workers": [{}]}', 'f.json:1:14: "host" is missing: expected text'),
         ('{"workers": {}}', '"workers" is an object: expected a list'),
+        ('{"scorer_weights": {"reliability": 0, "expected_latency": 0}}', "every scorer weighs 0"),
         (
-            '{"scorer_weights": {"availability": 0, "success_rate": 0, "response_time": 0}}',
-            "every scorer weighs 0",
+            '{"policy": "weighted_random",\n"scorer_weights": {"success_rate": 1, "availabilty": 1}}',
+            'f.json:2:39: the policy "weighted_random" has no scorer "availabilty": expected'
+            " availability or success_rate or response_time",
         ),
-        ('{"scorer_weights": {"availabilty": 1}}', 'did you mean "availability"?'),
-        ('{"policy": "fast"}', 'expected "weighted_random"'),
+        (
+            '{"policy": "round_robin", "scorer_weights": {"availability": 1}}',
+            'f.json:1:46: the policy "round_robin" has no scorer "availability": expected rest',
+        ),
+        (
+            '{"scorer_weights": {"reliability": -1}}',
+            'f.json:1:36: "reliability" is -1: expected a number from',
+        ),
+        (
+            '{"policy": "fast", "scorer_weights": {"x": 1}}',
+            'expected one of "expected_latency", "weighted_random", "least_loaded", "round_robin"',
+        ),
+        ('{"batch_floor": 0.6}', "expected a number from 0 to 0.5 (default 0.05)"),
         ('{"zzzzzz": 1}', "expected one of host, port"),
         ("x" * (MAX_FILE_BYTES + 1), "longer than"),
     ],

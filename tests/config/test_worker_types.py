@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balancer.core.model import Condition, Endpoint
+from balancer.core.model import Condition, Endpoint, ModelName, ModelOffer
 from balancer.worker_types import (
     EMBEDDING,
     GENERATING,
+    LEAST_LOAD_SECONDS,
+    LOAD_SECONDS_OF_UNKNOWN_SIZE,
     MAX_MODELS,
     MAX_NAME_CHARACTERS,
     MAX_PROBE_BYTES,
@@ -26,6 +28,17 @@ SAMPLES = Path(__file__).parent / "samples"
 def sample(name: str) -> Condition:
     recorded = orjson.loads((SAMPLES / f"{name}.json").read_bytes())
     return WORKER_TYPES[recorded["type"]].read_probe(recorded["status"], recorded["body"].encode())
+
+
+def sample_besides(probe: str, residency: str) -> Condition:
+    """The condition after both questions."""
+    recorded = orjson.loads((SAMPLES / f"{residency}.json").read_bytes())
+    row = WORKER_TYPES[recorded["type"]]
+    return row.read_residency(sample(probe), recorded["status"], recorded["body"].encode())
+
+
+def by_name(condition: Condition) -> dict[str, ModelOffer]:
+    return {offer.name: offer for offer in condition.models}
 
 
 def models(condition: Condition) -> dict[str, tuple[frozenset[Endpoint], int | None]]:
@@ -62,7 +75,12 @@ ALL = frozenset(Endpoint)
         (
             "ollama_tags",
             "Ollama",
-            {"llama3.2:latest": (ALL, None), "nomic-embed-text:latest": (EMBEDDING, None)},
+            {
+                "llama3.2:latest": (ALL, None),
+                "llama3.2": (ALL, None),
+                "nomic-embed-text:latest": (EMBEDDING, None),
+                "nomic-embed-text": (EMBEDDING, None),
+            },
         ),
         ("ollama_empty", "Ollama", {}),
     ],
@@ -72,6 +90,94 @@ def test_a_ready_worker_offers_its_models(name, engine, offered):
     assert condition.ready
     assert condition.engine == engine
     assert models(condition) == offered
+
+
+@pytest.mark.parametrize(
+    ("name", "identities"),
+    [
+        ("llama_cpp_ready", {"smollm2": ""}),  # the name that it was started with has no size
+        ("vllm_ready", {"Qwen/Qwen2.5-7B-Instruct": ""}),  # which of the checkpoint's precisions is not said
+        ("lm_studio_v1", {"qwen2.5-7b-instruct": "", "text-embedding-nomic-embed-text-v1.5": ""}),
+        (
+            "ollama_tags",
+            {
+                "llama3.2:latest": "ollama/llama3.2-3.2b q4_k_m",
+                "llama3.2": "ollama/llama3.2-3.2b q4_k_m",
+                "nomic-embed-text:latest": "ollama/nomic-embed-text-137m f16",
+                "nomic-embed-text": "ollama/nomic-embed-text-137m f16",
+            },
+        ),
+    ],
+)
+def test_a_worker_tells_what_its_models_are_as_far_as_it_knows(name, identities):
+    assert {offer.name: offer.identity for offer in sample(name).models} == identities
+
+
+def test_a_model_of_ollama_without_its_tag_is_asked_for_by_its_whole_name():
+    offers = by_name(sample("ollama_tags"))
+    assert offers["llama3.2"].known_as == "llama3.2:latest"
+    assert offers["llama3.2:latest"].known_as is None
+
+
+def test_a_model_that_is_served_under_any_name_is_known_by_what_was_loaded():
+    row = {"id": "chat", "root": "/models/Qwen/Qwen2.5-7B-Instruct-AWQ", "parent": None}
+    adapter = {"id": "a-7b-awq", "root": "/loras/b-7b-awq", "parent": "chat"}
+    offers = by_name(probed("openai", {"data": [row, adapter]}))
+    assert offers["chat"].identity == "qwen2.5-7b-instruct awq"
+    assert offers["a-7b-awq"].identity == ""
+
+
+def test_llama_cpp_tells_its_quantisation_where_the_name_does_not():
+    row = {"id": "Qwen2.5-7B-Instruct", "meta": {"ftype": "Q4_K - Medium"}}
+    assert probed("openai", {"data": [row]}).models[0].identity == "qwen2.5-7b-instruct q4_k_m"
+
+
+def test_ollama_tells_which_models_are_in_memory():
+    offers = by_name(sample_besides("ollama_tags", "ollama_ps"))
+    assert {name: offer.loaded for name, offer in offers.items()} == {
+        "llama3.2:latest": True,
+        "llama3.2": True,
+        "nomic-embed-text:latest": False,
+        "nomic-embed-text": False,
+    }
+
+
+def test_loading_is_guessed_from_the_size_until_it_is_measured():
+    rows = [{"name": "big", "size": 15_000_000_000}, {"name": "small", "size": 5}, {"name": "none"}]
+    offers = by_name(probed("ollama", {"models": rows}))
+    assert offers["big"].load_seconds == pytest.approx(10)
+    assert offers["small"].load_seconds == LEAST_LOAD_SECONDS
+    assert offers["none"].load_seconds == LOAD_SECONDS_OF_UNKNOWN_SIZE
+
+
+def test_lm_studio_tells_more_of_what_it_serves_on_its_own_path():
+    offers = by_name(sample_besides("lm_studio_v1", "lm_studio_detailed"))
+    chat, embeds = offers["qwen2.5-7b-instruct"], offers["text-embedding-nomic-embed-text-v1.5"]
+    assert (chat.identity, chat.loaded, chat.context_tokens) == ("qwen2.5-7b-instruct 4bit", True, 8192)
+    assert (embeds.loaded, embeds.load_seconds) == (False, LOAD_SECONDS_OF_UNKNOWN_SIZE)
+    assert (chat.endpoints, embeds.endpoints) == (GENERATING, EMBEDDING)
+
+
+def test_what_lm_studio_has_on_disk_only_is_not_offered():
+    served = Condition(models=(ModelOffer(name=ModelName("other")),))
+    body = orjson.dumps({"data": [{"id": "on-disk", "state": "not-loaded"}]})
+    assert WORKER_TYPES["lm_studio"].read_residency(served, 200, body) == served
+
+
+@pytest.mark.parametrize(
+    ("type_name", "status", "body"),
+    [
+        ("ollama", 404, b"404 page not found"),
+        ("ollama", 200, b"{}"),
+        ("lm_studio", 404, b""),
+        ("lm_studio", 200, b"["),
+    ],
+)
+def test_an_older_worker_without_that_path_is_told_from_one_with_nothing_loaded(type_name, status, body):
+    with pytest.raises(ProbeFailed):
+        WORKER_TYPES[type_name].read_residency(sample("ollama_tags"), status, body)
+    with pytest.raises(ProbeFailed):
+        sample_besides("lm_studio_v1", "lm_studio_without_v0")
 
 
 def test_every_sample_is_read_by_some_test():
@@ -114,7 +220,7 @@ def test_names_that_cannot_be_shown_are_left_out_and_counted():
 
 
 def test_absurdly_many_models_are_cut_and_that_is_said():
-    condition = probed("ollama", {"models": [{"name": f"m{n}"} for n in range(MAX_MODELS + 5)]})
+    condition = probed("ollama", {"models": [{"name": f"m:{n}"} for n in range(MAX_MODELS + 5)]})
     assert len(condition.models) == MAX_MODELS
     assert f"of {MAX_MODELS + 5}" in condition.detail
 
@@ -140,15 +246,16 @@ def test_no_connection_is_kept_to_what_may_be_llama_cpp():
     assert all(row.streams_always for row in WORKER_TYPES.values())
 
 
+KEYS = [
+    *("data", "models", "id", "name", "meta", "n_ctx", "details", "family", "type", "error", "root"),
+    *("ftype", "quantization", "parameter_size", "quantization_level", "size", "state"),
+]
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.text(),
     lambda inner: (
         st.lists(inner, max_size=4)
         | st.dictionaries(
-            st.sampled_from(
-                ["data", "models", "id", "name", "meta", "n_ctx", "details", "family", "type", "error"]
-            )
-            | st.text(max_size=5),
+            st.sampled_from(KEYS) | st.text(max_size=5),
             inner,
             max_size=5,
         )
@@ -165,9 +272,12 @@ json_values = st.recursive(
 def test_any_answer_becomes_a_bounded_condition_or_one_failure(name, status, body):
     try:
         condition = WORKER_TYPES[name].read_probe(status, body)
+        condition = WORKER_TYPES[name].read_residency(condition, status, body)
     except ProbeFailed as failure:
         assert str(failure).isprintable()
         assert len(str(failure)) < 400
         return
     assert all(1 <= len(m.name) <= MAX_NAME_CHARACTERS and m.name.isprintable() for m in condition.models)
+    assert all(model.identity.isprintable() and len(model.identity) <= 120 for model in condition.models)
+    assert all(model.load_seconds >= 0 for model in condition.models)
     assert condition.detail.isprintable()

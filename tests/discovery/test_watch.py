@@ -324,6 +324,20 @@ def test_a_report_becomes_a_condition_in_the_words_of_the_core():
     ]
     assert (condition.slots, condition.engine, condition.state, condition.ready) == (2, "mlx", "ready", True)
     assert (condition.detail, condition.hardware, condition.advice) == ("d", "h", ("more memory",))
+    assert (condition.running, condition.shares_prefixes) == (0, False)
+
+
+def test_what_an_agent_tells_of_its_model_reaches_the_core():
+    model = wire.ServedModel(
+        name="chat", identity="Qwen2.5-7B-Instruct-Q4_K_M.gguf", memory_tokens=8192, cache_tokens=9000
+    )
+    report = READY.model_copy(update={"models": (model,), "running": 3, "engine": "vllm"})
+    condition = from_report(report)
+    own, automatic = condition.models
+    assert (own.name, own.identity) == ("chat", "qwen2.5-7b-instruct q4_k_m")
+    assert (own.memory_tokens, own.cache_tokens, own.loaded) == (8192, 9000, True)
+    assert (automatic.name, automatic.known_as) == ("qwen2.5-7b-instruct~q4_k_m", "chat")
+    assert (condition.running, condition.shares_prefixes) == (3, True)
 
 
 @pytest.mark.parametrize("state", [state for state in wire.EngineState if state != "ready"])
@@ -423,3 +437,71 @@ async def test_a_worker_that_lists_nothing_offers_the_model_it_is_configured_for
 
     await room.follow(mlx, "openai", only=frozenset({ModelName("mlx-model")}))
     assert [model.name for model in (await room.reported()).models] == ["mlx-model"]
+    assert not (await room.reported()).shares_prefixes
+
+
+async def test_a_vllm_without_an_agent_shares_prefixes_too(room):
+    async def vllm(request):
+        return web.json_response({"data": [{"id": "m", "owned_by": "vllm"}]})
+
+    await room.follow(vllm, "openai")
+    assert (await room.reported()).shares_prefixes
+
+
+# What is in memory ...
+
+TAGS = {"models": [{"name": name, "size": 3_000_000_000} for name in ("a:latest", "b:latest")]}
+
+
+class Ollama:
+    """Answers `/api/ps` as it is told, and notes who asks what."""
+
+    def __init__(self, *answers: int) -> None:
+        self.answers = list(answers)
+        self.asked: list[str] = []
+
+    async def answer(self, request: web.Request) -> web.Response:
+        self.asked.append(request.path)
+        if request.path == "/api/tags":
+            return web.json_response(TAGS)
+        status = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        return web.json_response({"models": [{"name": "a:latest"}]}, status=status)
+
+
+def loaded(condition: Condition) -> dict[str, bool]:
+    return {offer.name: offer.loaded for offer in condition.models}
+
+
+async def test_which_models_are_loaded_is_asked_with_each_probe(room):
+    ollama = Ollama(200)
+    await room.follow(ollama.answer, "ollama")
+    condition = await room.reported(times=2)
+    assert loaded(condition) == {"a:latest": True, "a": True, "b:latest": False, "b": False}
+    assert {offer.load_seconds for offer in condition.models} == {2.0}
+    assert ollama.asked[:4] == ["/api/tags", "/api/ps"] * 2
+
+
+async def test_a_worker_that_does_not_tell_what_is_loaded_is_asked_once_and_used_all_the_same(room):
+    ollama = Ollama(404)
+    await room.follow(ollama.answer, "ollama")
+    condition = await room.reported(times=3)
+    assert all(loaded(condition).values())
+    assert ollama.asked[:4] == ["/api/tags", "/api/ps", "/api/tags", "/api/tags"]
+
+
+async def test_a_worker_that_fails_to_tell_it_once_is_asked_again(room):
+    await room.follow(Ollama(500, 200).answer, "ollama")
+    await room.reported(times=2)
+    assert [all(loaded(report.condition).values()) for report in room.reports[:2]] == [True, False]
+    assert not room.losses
+
+
+async def test_a_worker_that_never_answers_it_is_well(room):
+    async def ollama(request):
+        if request.path == "/api/ps":
+            await for_ever()
+        return web.json_response(TAGS)
+
+    await room.follow(ollama, "ollama")
+    await room.reported(times=2)
+    assert not room.losses

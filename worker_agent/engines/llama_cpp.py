@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from worker_agent.engines.spec import EngineSpec, Launch, positive
+from worker_agent.engines.spec import Capacity, EngineSpec, Launch, positive
 
 _BATCH_TOKENS = 256
 """A prompt whose client left is dropped between two batches: 0.8 to 1 s later on one core, where 6 to 24 s
@@ -43,6 +43,16 @@ def _context_tokens(model: Mapping[str, Any]) -> int | None:
     return positive(meta.get("n_ctx")) if isinstance(meta, Mapping) else None  # per slot
 
 
+def _capacity(launch: Launch, context_tokens: int | None, _page: str) -> Capacity:
+    """Each slot holds one context, and keeps its last prompt; older ones go to the cache in RAM."""
+    if context_tokens is None:
+        return Capacity()
+    slots = launch.slots * context_tokens
+    per_token = launch.cache_bytes_per_token
+    in_ram = 0 if per_token is None else _CACHE_MIB * 2**20 // per_token
+    return Capacity(memory_tokens=slots, cache_tokens=slots + in_ram)
+
+
 LLAMA_CPP = EngineSpec(
     name="llama.cpp",
     argv=_argv,
@@ -54,4 +64,5 @@ LLAMA_CPP = EngineSpec(
     default_slots=4,
     default_context_tokens=4096,
     read_context_tokens=_context_tokens,
+    read_capacity=_capacity,
 )

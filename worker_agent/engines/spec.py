@@ -27,6 +27,22 @@ class Launch:
     context_tokens: int | None
     """Of prompt and answer together, per slot; None: the model's own."""
     threads: int
+    cache_bytes_per_token: int | None = None
+    """Of keys and values, where the model's file tells it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capacity:
+    """How many tokens an engine holds; None: not known."""
+
+    memory_tokens: int | None = None
+    """Of all requests that run at once, together."""
+    cache_tokens: int | None = None
+    """Of earlier prompts that it remembers, about."""
+
+
+def _unknown(_launch: Launch, _context_tokens: int | None, _page: str) -> Capacity:
+    return Capacity()
 
 
 def _nothing(_launch: Launch) -> Mapping[str, str]:
@@ -58,6 +74,10 @@ class EngineSpec:
     default_context_tokens: int | None
     read_context_tokens: Callable[[Mapping[str, Any]], int | None]
     """Tokens per request, from one entry of its `GET /v1/models`; None: it does not say."""
+    capacity_path: str | None = None
+    """A page that tells what it holds, read once when it is ready; None: it has none."""
+    read_capacity: Callable[[Launch, int | None, str], Capacity] = _unknown
+    """From the launch, the tokens per request, and that page (empty where there is none)."""
 
 
 def probe_body(model: str) -> dict[str, object]:

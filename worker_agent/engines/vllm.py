@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from worker_agent.engines.spec import EngineSpec, Launch, positive
+import re
+
+from worker_agent.engines.spec import Capacity, EngineSpec, Launch, positive
+
+_CACHE = re.compile(r"^vllm:cache_config_info\{([^\n]{1,8192})\}", re.MULTILINE)
 
 
 def _argv(launch: Launch) -> list[str]:
@@ -14,6 +18,15 @@ def _argv(launch: Launch) -> list[str]:
         *("--max-num-seqs", str(launch.slots), *context),
         "--enable-prompt-tokens-details",  # without it usage does not say what came from the prefix cache
     ]
+
+
+def _capacity(_launch: Launch, _context_tokens: int | None, metrics: str) -> Capacity:
+    """The KV cache, known once the engine has measured what memory is left; it is memory and cache in one."""
+    found = _CACHE.search(metrics)
+    # A count that it does not have yet is the text "None".
+    labels = dict(re.findall(r'(\w+)="(\d{1,12})"', found[1])) if found else {}
+    tokens = int(labels.get("num_gpu_blocks", 0)) * int(labels.get("block_size", 0))
+    return Capacity(memory_tokens=positive(tokens), cache_tokens=positive(tokens))
 
 
 VLLM = EngineSpec(
@@ -29,4 +42,6 @@ VLLM = EngineSpec(
     default_slots=32,
     default_context_tokens=None,
     read_context_tokens=lambda model: positive(model.get("max_model_len")),
+    capacity_path="/metrics",
+    read_capacity=_capacity,
 )

