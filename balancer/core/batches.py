@@ -155,6 +155,14 @@ class BatchLine:
         """What is waited for."""
         return [service for service, line in self._services.items() if line.waiting]
 
+    def services_under_way(self) -> list[Service]:
+        """Of what nothing waits any more, and something runs."""
+        return [
+            service
+            for service, line in self._services.items()
+            if not line.waiting and any(group.running for group in line.groups.values())
+        ]
+
     def waits_for(self, service: Service) -> int:
         line = self._services.get(service)
         return line.waiting if line else 0
@@ -288,6 +296,10 @@ class Planner:
         self._fleet = fleet
         self._forecast = forecast
         self._policy = policy
+        self._declined: dict[tuple[Service, WorkerId], tuple[Horizon, int]] = {}
+        """Who can't finish any new paper in time: as of which horizon, and which state of the worker."""
+        self._loads: dict[tuple[ModelName, WorkerId], tuple[int, float, float]] = {}
+        """The state of the worker, when, and seconds."""
 
     def capacity(self, member: Member, *, active: bool) -> int:
         """How many requests of all kinds may be on it when batch adds one."""
@@ -310,6 +322,14 @@ class Planner:
         share = 1 - self._policy.reserve if active else MEMORY_SHARE
         if (follower := self._follower(member, offer, service, now, share)) is not None:
             return self._start(*follower, member, offer, active, "its prefix is here")
+        key = service, member.worker.id
+        horizon = self._line.horizon(service)
+        if (
+            horizon is not None
+            and now - horizon.at <= HORIZON_SECONDS
+            and self._declined.get(key) == (horizon, member.changes)
+        ):
+            return None
         any_fresh = False
         for group in self._line.fresh(service):
             first = self._first_for(group, member, now)
@@ -321,6 +341,8 @@ class Planner:
             ):
                 return self._start(group, first, member, offer, active, "a paper that it can finish in time")
         if any_fresh:
+            if (horizon := self._line.horizon(service)) is not None:
+                self._declined[key] = horizon, member.changes
             return None
         return self._stolen(member, offer, service, now, share, active) or self._second_copy(
             member, offer, service, now, active
@@ -552,6 +574,10 @@ class Planner:
 
     def _load(self, member: Member, offer: ModelOffer, paper: Paper, now: float) -> float:
         """Seconds of work that is bound to this worker, of papers like this one."""
+        key = offer.name, member.worker.id
+        known = self._loads.get(key)
+        if known is not None and known[0] == member.changes and now - known[1] <= HORIZON_SECONDS:
+            return max(known[2] - (now - known[1]), 0.0)
         speeds, streams = member.speeds_of(offer), _streams(member, offer, paper)
         token = speeds.writing.at(max(member.load, 1))
         tokens = 0.0

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from heapq import nsmallest
+from heapq import heapify, heappop, heappush, nsmallest
 from itertools import count, islice
-from math import inf
+from math import inf, log
 from typing import Protocol
 
 from balancer.core.admission import AdmissionPolicy, WaitingLine
@@ -51,7 +51,7 @@ from balancer.core.model import (
     Worker,
     WorkerId,
 )
-from balancer.core.placement import PlacementPolicy, draw, expected_seconds, pick, rate
+from balancer.core.placement import PlacementPolicy, expected_seconds, pick, rate
 from balancer.core.scorers import Standing
 
 LEAST_RETRY_AFTER, LONGEST_RETRY_AFTER = 1.0, 60.0
@@ -60,6 +60,10 @@ LOOKS = 32
 SHORTLIST = 64
 """In a room of more workers than this, an ask is compared with the best so many of them only."""
 SHORTLIST_SECONDS = 0.05
+WAIT_SECONDS = 0.25
+"""For so long the pace of the line is taken to stay."""
+RIVALS = 3
+"""With so many of the best it is found out cheaply that an ask will prefer to wait."""
 EXPLORED_WITH_TOKENS = 2000.0
 """A worker of which little is known is tried with prompts no longer than this."""
 CALIBRATION_PROMPT_TOKENS, CALIBRATION_OUTPUT_TOKENS = 512, 16
@@ -157,6 +161,8 @@ class Dispatcher:
         self._given_at = started
         self._shortlists: dict[Service, tuple[float, int, tuple[Member, ...]]] = {}
         """When they were made, at which version of the fleet, and who is on them."""
+        self._waits: dict[Service, tuple[float, float]] = {}
+        """When it was measured, and the seconds that each one in line adds to the wait of those behind."""
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """What follows from an event, to be performed in order. `now`: seconds, never less than before."""
@@ -211,7 +217,8 @@ class Dispatcher:
         if ask.service_class is ServiceClass.BATCH:
             return self._arrived_batch(ticket, ask, now)
         self._last_chat[ask.needs.model] = now
-        if not self._line.has(ask.needs):
+        # Those who wait were looked at when there last was news: they prefer to wait, or may not go there.
+        if self._estimates or not self._line.has(ask.needs):
             grant = self._grant(ticket, ask, now)
             if grant is not None:
                 return [grant]
@@ -221,7 +228,7 @@ class Dispatcher:
             if now + self._expected_wait(ask, now) > ask.deadline:
                 return [self._refuse(ticket, ask, Refusal.WOULD_WAIT_TOO_LONG, now)]
         self._line.join(ticket, ask)
-        return self._place_line(self._line, now, only=ask.needs)
+        return []
 
     def _arrived_batch(self, ticket: Ticket, ask: Ask, now: float) -> list[Command]:
         waiting = len(self._batch) + len(self._plain_batch)
@@ -478,12 +485,12 @@ class Dispatcher:
         """Grants in turn, as far as there is room for each. Some may prefer to wait: a few behind them are
         looked at too."""
         commands: list[Command] = []
-        if changed and not any(member.room > 0 for member in changed):
-            return commands
         declined: set[Ticket] = set()
         hopeless: set[Needs] = set()
         placed = True
-        while placed:
+        while placed and self._fleet.roomy:
+            if changed is not None and not any(one.worker.id in self._fleet.roomy for one in changed):
+                break
             placed = False
             for needs in line.needs() if only is None else [only]:
                 if needs in hopeless:
@@ -507,6 +514,9 @@ class Dispatcher:
     ) -> Grant | None:
         for ticket, ask in islice(line.in_turn(needs, self._tokens), LOOKS):
             if ticket in declined:
+                continue
+            if changed and self._estimates and self._prefers_waiting(ask, changed, now):
+                declined.add(ticket)
                 continue
             grant = self._grant(ticket, ask, now, also=changed)
             if grant is not None:
@@ -569,10 +579,50 @@ class Dispatcher:
         tokens = self._forecast.prompt_tokens(ask)
         return _Chosen(member, choice, tokens, 0.0)
 
+    def _prefers_waiting(self, ask: Ask, changed: Sequence[Member], now: float) -> bool:
+        """A cheap first look at one of many: whatever `changed` has to offer, there surely is better to wait
+        for. Only where little has changed, and the line was looked at before that."""
+        needs, placing, forecast = ask.needs, self._placing, self._forecast
+        able = self._fleet.able(needs.model, needs.endpoint, now)
+        if needs.avoid or not able.members:
+            return False
+        home = forecast.home(ask)
+        rivals = self._shortlist(ask, able.members, now, ())[:RIVALS]
+        if home is not None and (member := self._fleet.get(home.worker_id)) is not None:
+            rivals.append(member)
+        offers = self._fleet.offers_of(needs.model)
+        tokens, output = forecast.prompt_tokens(ask), forecast.answer_tokens(ask)
+
+        def seconds(member: Member, offer: ModelOffer) -> float:
+            line = member.line(offer, placing.social, placing.kappa)
+            uncached = tokens - forecast.cached(ask, member, offer, home)
+            cost = expected_seconds(line, uncached, output, now, full=line.full)
+            return cost if home is None or home.worker_id == member.worker.id else placing.stick * cost
+
+        best = min(
+            (
+                seconds(rival, offers[rival.worker.id])
+                for rival in rivals
+                if rival not in changed and rival.worker.id in offers and rival.unfit(now) is None
+            ),
+            default=inf,
+        )
+        limit = placing.cut * best + placing.cut_seconds + placing.patience * max(now - ask.arrived, 0.0)
+        return all(
+            (offer := offers.get(member.worker.id)) is not None
+            and member.line(offer, placing.social, placing.kappa).explored
+            and seconds(member, offer) > limit
+            for member in changed
+        )
+
     def _choose_by_estimate(self, ask: Ask, now: float, also: Iterable[Member]) -> _Chosen | None:
         """ROUTING 2, "Pick": by what the ask will cost on each worker. None: nobody who should take it has
         room."""
         members, excluded = self._fleet.allowed(ask.needs, now)
+        if not any(member.worker.id in self._fleet.roomy for member in members[:SHORTLIST]) and (
+            len(members) <= SHORTLIST or not self._fleet.roomy
+        ):
+            return None
         if len(members) > SHORTLIST:
             members = self._shortlist(ask, members, now, also)
         offers = self._fleet.offers_of(ask.needs.model)
@@ -731,58 +781,61 @@ class Dispatcher:
         """`at_least_one`: batch has had less than its share, and gets one slot although people chat."""
         commands: list[Command] = []
         for service in self._batch.services():
-            able = self._fleet.able(*service, now).members
+            able = {member.worker.id for member in self._fleet.able(*service, now).members}
             active = self._chats_are_active(service[0], now) and not at_least_one
-            allowed = {member.worker.id for member in able} if len(able) <= len(self._fleet) else set()
-            open_to: list[Member] = [
-                member
+            # Weighted random without replacement: the smallest of such keys is as likely as its weight's
+            # share (Efraimidis and Spirakis, 2006).
+            turns = [
+                (self._batch_key(member, service), member.worker.id, member)
                 for member in members
-                if member.worker.id in allowed and self._planner.is_open(member, active=active)
+                if member.worker.id in able and self._planner.is_open(member, active=active)
             ]
-            while open_to and self._batch.waits_for(service):
-                weights = [
-                    member.reliability**2
-                    * member.speeds_of(
-                        self._fleet.offers_of(service[0])[member.worker.id]
-                    ).prefill_tokens_per_second
-                    / (1 + member.load)
-                    for member in open_to
-                ]
-                member = open_to[draw(weights, self._chance.random())]
+            heapify(turns)
+            while turns and self._batch.waits_for(service):
+                _, _, member = heappop(turns)
                 assignment = self._planner.work_for(member, service, now, active=active)
                 if assignment is None:
-                    open_to.remove(member)
                     continue
-                commands.append(self._assign(assignment, member, weights, open_to, now))
+                commands.append(self._assign(assignment, member, [one for _, _, one in turns], now))
                 if at_least_one:
                     return commands
-                if not self._planner.is_open(member, active=active):
-                    open_to.remove(member)
+                if self._planner.is_open(member, active=active):
+                    heappush(turns, (self._batch_key(member, service), member.worker.id, member))
         return commands
+
+    def _batch_key(self, member: Member, service: Service) -> float:
+        return -log(1.0 - self._chance.random()) / self._batch_weight(member, service)
+
+    def _batch_weight(self, member: Member, service: Service) -> float:
+        """Fast workers are asked first what they could take, and among those the ones that have little."""
+        speeds = member.speeds_of(self._fleet.offers_of(service[0])[member.worker.id])
+        return member.reliability**2 * speeds.prefill_tokens_per_second / (1 + member.load)
 
     def _assign(
         self,
         assignment: Assignment,
         member: Member,
-        weights: Sequence[float],
-        open_to: Sequence[Member],
+        others: Sequence[Member],
         now: float,
     ) -> Grant:
+        """`others`: whose turn would have been later."""
         ask, ticket, warm = assignment.ask, assignment.ticket, assignment.warm_tokens
         offer = self._fleet.offers_of(ask.needs.model)[member.worker.id]
         cached = self._forecast.cached(ask, member, offer, None)
         tokens = self._forecast.prompt_tokens(ask) if warm is None else warm
         uncached = max(tokens - cached, 1.0)
-        candidates = tuple(
-            Candidate(worker_id=one.worker.id, scores={}, weight=weight)
-            for one, weight in islice(zip(open_to, weights, strict=True), LOOKS)
-        )
+        service = ask.needs.model, ask.needs.endpoint
         excluded = self._fleet.able(ask.needs.model, ask.needs.endpoint, now).excluded
         choice = Choice(
             worker_id=member.worker.id,
             candidates=tuple(
-                replace(one, cached_tokens=int(cached)) if one.worker_id == member.worker.id else one
-                for one in candidates
+                Candidate(
+                    worker_id=one.worker.id,
+                    scores={},
+                    weight=self._batch_weight(one, service),
+                    cached_tokens=int(cached) if one is member else 0,
+                )
+                for one in (member, *others[: LOOKS - 1])
             ),
             excluded=excluded,
             because=assignment.because,
@@ -795,12 +848,7 @@ class Dispatcher:
     def _copy_stragglers(self, now: float) -> list[Command]:
         """What runs alone at the end of a batch, once more on workers that have nothing to do."""
         commands: list[Command] = []
-        services = {
-            (flight.ask.needs.model, flight.ask.needs.endpoint)
-            for flight in self._flights.values()
-            if not flight.is_interactive and flight.ask.replayable
-        }
-        for service in sorted(services):
+        for service in sorted(self._batch.services_under_way()):
             stragglers = self._planner.stragglers(service, now)
             if not stragglers:
                 continue
@@ -933,8 +981,12 @@ class Dispatcher:
 
     def _expected_wait(self, ask: Ask, now: float) -> float:
         """Seconds until it would be this ask's turn; 0 while too little is known to say."""
-        ahead = self._line.count(ask.needs) + 1
-        return self._wait(ahead, self._fleet.allowed(ask.needs, now)[0], now) or 0.0
+        service = ask.needs.model, ask.needs.endpoint
+        at, each = self._waits.get(service, (-inf, 0.0))
+        if now - at > WAIT_SECONDS:
+            each = self._wait(1, self._fleet.able(*service, now).members, now) or 0.0
+            self._waits[service] = now, each
+        return each * (self._line.count(ask.needs) + 1)
 
     def _wait(self, requests: int, members: Sequence[Member], now: float) -> float | None:
         """In which so many requests will have been taken in, at the pace of these workers."""

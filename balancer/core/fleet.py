@@ -157,6 +157,10 @@ class Member:
     last_change: float = -inf
     """Of what runs on it."""
     calibrated: set[ModelName] = field(default_factory=set)
+    changes: int = 0
+    """How often something has changed on it."""
+    roomy: set[WorkerId] = field(default_factory=set)
+    """The fleet's workers that have room, kept by each of them."""
     _lines: dict[ModelName, Line] = field(default_factory=dict)
 
     # What it offers
@@ -311,6 +315,11 @@ class Member:
     def changed(self) -> None:
         """What was computed from its state is to be computed anew."""
         self._lines.clear()
+        self.changes += 1
+        if self.room > 0:
+            self.roomy.add(self.worker.id)
+        else:
+            self.roomy.discard(self.worker.id)
 
     # What happens on it
 
@@ -400,6 +409,8 @@ class Fleet:
         self._departed: dict[WorkerId, Member] = {}
         """Workers that left while something ran on them: should one come back, that counts."""
         self._able: dict[tuple[ModelName, Endpoint], Able] = {}
+        self.roomy: set[WorkerId] = set()
+        """Those with room, well or not."""
         self.version = 0
         """Grows whenever somebody's health or offer has changed."""
 
@@ -417,10 +428,11 @@ class Fleet:
         member = self._members.get(worker.id)
         if member is None:
             departed = self._departed.pop(worker.id, None)
-            member = Member(worker, Breaker(self._breaker))
+            member = Member(worker, Breaker(self._breaker), roomy=self.roomy)
             if departed is not None:
                 _move_flights(departed, member)
             self._members[worker.id] = member
+            member.changed()
         elif member.worker.url != worker.url or member.worker.type != worker.type:
             # Another address is another process, and possibly another machine: what was measured is void.
             # What it serves stays known until it is heard of again, lest those who wait for it be turned
@@ -431,9 +443,11 @@ class Fleet:
                 condition=member.condition,
                 lost="not heard of yet at its new address",
                 heard=member.heard,
+                roomy=self.roomy,
             )
             _move_flights(member, moved)
             self._members[worker.id] = moved
+            moved.changed()
         else:
             if member.worker.cap != worker.cap:
                 member.learned_limit = None
@@ -444,6 +458,8 @@ class Fleet:
     def gone(self, worker_id: WorkerId) -> None:
         member = self._members.pop(worker_id, None)
         if member is not None:
+            member.roomy = set()
+            self.roomy.discard(worker_id)
             self._index(worker_id)
             if member.running:
                 self._departed[worker_id] = member
@@ -615,6 +631,6 @@ def _move_flights(old: Member, new: Member) -> None:
     new.running, new.pending = old.running, old.pending
     new.chats, new.memory_held, new.papers_in_use = old.chats, old.memory_held, old.papers_in_use
     new.read_seconds, new.reading_since = old.read_seconds, old.reading_since
-    old.running, old.pending = {}, {}
+    old.running, old.pending, old.roomy = {}, {}, set()
     for flight in new.running.values():
         flight.member = new

@@ -31,7 +31,10 @@ class Forecast:
     _homes: OrderedDict[tuple[ModelName, int], Home] = field(default_factory=OrderedDict)
 
     def sizes(self, model: ModelName) -> Sizes:
-        return self._sizes.setdefault(model, Sizes())
+        sizes = self._sizes.get(model)
+        if sizes is None:
+            sizes = self._sizes[model] = Sizes()
+        return sizes
 
     def home(self, ask: Ask) -> Home | None:
         """Of the conversation that this ask continues."""
@@ -62,12 +65,16 @@ class Forecast:
         blocks = ask.prompt.blocks
         remembered = member.remembers.get(offer.known_as or offer.name)
         depth = remembered.depth(blocks) if remembered is not None and blocks else 0
+        at_home = home is not None and home.worker_id == member.worker.id
+        if not depth and (blocks or not at_home):
+            return 0.0
         if depth and member.running and not member.shares_prefixes and _in_use(member, blocks[:depth]):
             return 0.0  # llama.cpp and MLX: a prefix that a request is using can't serve another one
-        tokens = depth * self.sizes(ask.needs.model).block_tokens()
-        if home is not None and home.worker_id == member.worker.id and (depth or not blocks):
+        sizes = self.sizes(ask.needs.model)
+        tokens = depth * sizes.block_tokens()
+        if home is not None and at_home:
             tokens = max(tokens, home.tokens)
-        return min(tokens, self.prompt_tokens(ask) - 1)
+        return min(tokens, sizes.prompt_tokens(ask.prompt) - 1)
 
     def remember(self, flight: Flight, *, tokens: float | None = None) -> None:
         """Its engine has computed its prompt (of a warm-up, so many tokens of it)."""
