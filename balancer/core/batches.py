@@ -301,24 +301,33 @@ class Planner:
         self._loads: dict[tuple[ModelName, WorkerId], tuple[int, float, float]] = {}
         """The state of the worker, when, and seconds."""
 
-    def capacity(self, member: Member, *, active: bool) -> int:
-        """How many requests of all kinds may be on it when batch adds one."""
+    def has_chats(self, member: Member, now: float) -> bool:
+        """People have used it of late, and will again."""
+        return now - member.last_chat < self._policy.active_seconds
+
+    def has_room(self, member: Member, now: float, *, anyway: bool = False) -> bool:
+        """Whether it may get one more of class batch: where people chat, a share of its slots is for them.
+        `anyway`: batch has had too little, and may use these too."""
         slots = member.slots
-        if active and slots > 1:
+        if slots > 1 and not anyway and self.has_chats(member, now):
             slots -= max(1, round(self._policy.reserve * slots))
-        return slots
+        return member.load < slots
 
-    def is_open(self, member: Member, *, active: bool) -> bool:
+    def is_open(self, member: Member, now: float, *, anyway: bool = False) -> bool:
         """It may take something of class batch: one prompt is read at a time, and none beside a chat's."""
-        if member.load >= self.capacity(member, active=active):
+        if not self.has_room(member, now, anyway=anyway):
             return False
-        return not any(active or not flight.is_interactive for flight in member.pending.values())
+        alone = not anyway and self.has_chats(member, now)
+        return not any(alone or not flight.is_interactive for flight in member.pending.values())
 
-    def work_for(self, member: Member, service: Service, now: float, *, active: bool) -> Assignment | None:
+    def work_for(
+        self, member: Member, service: Service, now: float, *, anyway: bool = False
+    ) -> Assignment | None:
         """`member` is well, and open."""
         offer = self._fleet.offers_of(service[0]).get(member.worker.id)
         if offer is None or service[1] not in offer.endpoints or not self._line.waits_for(service):
             return None
+        active = not anyway and self.has_chats(member, now)
         share = 1 - self._policy.reserve if active else MEMORY_SHARE
         if (follower := self._follower(member, offer, service, now, share)) is not None:
             return self._start(*follower, member, offer, active, "its prefix is here")
@@ -411,11 +420,23 @@ class Planner:
         paper = self._sizes(group)
         horizon = self._horizon(group, now)
         load, cost = self._load(member, offer, paper, now), self._cost(member, offer, paper)
-        if load + cost <= horizon.soonest:
+        if load + cost <= horizon.soonest or self._is_soonest(load + cost, group, paper, now):
             return True  # who else should
         if load > 0:
             return load + cost <= self._policy.commit * horizon.remaining
         return max(cost, self._alone(member, offer, paper, 1)) <= horizon.remaining + horizon.fastest
+
+    def _is_soonest(self, seconds: float, group: Group, paper: Paper, now: float) -> bool:
+        """Of those that may take its first prompt at all, where that failed on some before."""
+        first = next(iter(group.waiting.values()))
+        if not first.needs.avoid:
+            return False
+        offers = self._fleet.offers_of(group.service[0])
+        return all(
+            seconds <= self._load(one, offer, paper, now) + self._cost(one, offer, paper)
+            for one in self._fleet.allowed(first.needs, now)[0]
+            for offer in [offers[one.worker.id]]
+        )
 
     def _horizon(self, group: Group, now: float) -> Horizon:
         known = self._line.horizon(group.service)

@@ -155,7 +155,6 @@ class Dispatcher:
         self._papers: dict[Ticket, Group] = {}
         """The group of each prompt of a batch that runs."""
         self._own_tickets = count(-1, -1)
-        self._last_chat: dict[ModelName, float] = {}
         self._given = {ServiceClass.INTERACTIVE: 0.0, ServiceClass.BATCH: 0.0}
         """Tokens, decayed since `_given_at`."""
         self._given_at = started
@@ -216,7 +215,6 @@ class Dispatcher:
             return [self._refuse(ticket, ask, refusal, now)]
         if ask.service_class is ServiceClass.BATCH:
             return self._arrived_batch(ticket, ask, now)
-        self._last_chat[ask.needs.model] = now
         # Those who wait were looked at when there last was news: they prefer to wait, or may not go there.
         if self._estimates or not self._line.has(ask.needs):
             grant = self._grant(ticket, ask, now)
@@ -258,10 +256,9 @@ class Dispatcher:
             member.speeds_of(flight.offer).read(flight.uncached, seconds)
         if member.shares_prefixes and flight.kind != "probe":
             self._forecast.remember(flight)
-        if member.condition is None or member.condition.slots is not None:
-            return self._place_batch([member], now)
-        member.limit.began(seconds=seconds, expected=flight.expected, running=len(member.running))
-        member.changed()
+        if member.condition is not None and member.condition.slots is None:
+            member.limit.began(seconds=seconds, expected=flight.expected, running=len(member.running))
+            member.changed()
         return self._place([member], now)
 
     def _ended(self, event: Ended, now: float) -> Member | None:
@@ -543,13 +540,12 @@ class Dispatcher:
     def _choose_by_scores(self, ask: Ask, now: float) -> _Chosen | None:
         members, excluded = self._fleet.allowed(ask.needs, now)
         is_batch = ask.service_class is ServiceClass.BATCH
-        active = is_batch and self._chats_are_active(ask.needs.model, now)
         reasons = dict(excluded)
         standings: dict[WorkerId, Standing] = {}
         with_room = []
         for member in members:
-            slots = self._planner.capacity(member, active=active) if is_batch else member.slots
-            if member.load < slots:
+            has_room = self._planner.has_room(member, now) if is_batch else member.room > 0
+            if has_room:
                 with_room.append(member)
             else:
                 reasons[member.worker.id] = "no room"
@@ -782,24 +778,23 @@ class Dispatcher:
         commands: list[Command] = []
         for service in self._batch.services():
             able = {member.worker.id for member in self._fleet.able(*service, now).members}
-            active = self._chats_are_active(service[0], now) and not at_least_one
             # Weighted random without replacement: the smallest of such keys is as likely as its weight's
             # share (Efraimidis and Spirakis, 2006).
             turns = [
                 (self._batch_key(member, service), member.worker.id, member)
                 for member in members
-                if member.worker.id in able and self._planner.is_open(member, active=active)
+                if member.worker.id in able and self._planner.is_open(member, now, anyway=at_least_one)
             ]
             heapify(turns)
             while turns and self._batch.waits_for(service):
                 _, _, member = heappop(turns)
-                assignment = self._planner.work_for(member, service, now, active=active)
+                assignment = self._planner.work_for(member, service, now, anyway=at_least_one)
                 if assignment is None:
                     continue
                 commands.append(self._assign(assignment, member, [one for _, _, one in turns], now))
                 if at_least_one:
                     return commands
-                if self._planner.is_open(member, active=active):
+                if self._planner.is_open(member, now):
                     heappush(turns, (self._batch_key(member, service), member.worker.id, member))
         return commands
 
@@ -852,10 +847,9 @@ class Dispatcher:
             stragglers = self._planner.stragglers(service, now)
             if not stragglers:
                 continue
-            active = self._chats_are_active(service[0], now)
             offers = self._fleet.offers_of(service[0])
             for member in self._fleet.able(*service, now).members:
-                while self._planner.is_open(member, active=active):
+                while self._planner.is_open(member, now):
                     found = next(
                         (
                             flight
@@ -883,15 +877,6 @@ class Dispatcher:
         ticket = Ticket(next(self._own_tickets))
         return self._launch(ticket, ask, chosen, now, group=self._papers.get(flight.ticket), of=flight.ticket)
 
-    def _chats_are_active(self, model: ModelName, now: float) -> bool:
-        """People have asked for a model of late that is served where this one is."""
-        for chat, at in self._last_chat.items():
-            if now - at < self._policy.batch.active_seconds and (
-                chat == model or self._fleet.offers_of(chat).keys() & self._fleet.offers_of(model).keys()
-            ):
-                return True
-        return False
-
     def _note_given(self, ask: Ask, tokens: float, now: float) -> None:
         faded = 0.5 ** ((now - self._given_at) / FLOOR_HALF_LIFE_SECONDS)
         for each in self._given:
@@ -900,7 +885,7 @@ class Dispatcher:
         self._given[ask.service_class] += tokens
 
     def _batch_is_starved(self, now: float) -> bool:
-        if not len(self._batch) or not len(self._line):
+        if not len(self._batch):
             return False
         total = sum(self._given.values())
         return self._given[ServiceClass.BATCH] < self._policy.batch.floor * total

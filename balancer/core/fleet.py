@@ -5,6 +5,7 @@ The dispatcher owns one `Fleet` and is the only one to change it.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
@@ -46,8 +47,7 @@ MEMORY_SHARE = 0.95
 RELIABILITY_STEP = 0.2
 LEAST_RELIABILITY = 0.01
 """So that a weight is never zero."""
-REPORTS_LAG_SECONDS = 2.0
-"""What was sent or has ended within so long a report may count or not."""
+REPORTS_COMPARED = 3
 CONTEXT_TOLERANCE = 1.1
 """How wrong the estimate of a prompt's tokens may be before it counts as too long for a context."""
 SLOW_START_SHARE = 1 / 8
@@ -136,6 +136,8 @@ class Member:
     """Those of them of class interactive."""
     external: int = 0
     """Requests that it holds and that did not come from here."""
+    seen_beside: deque[int] = field(default_factory=lambda: deque(maxlen=REPORTS_COMPARED))
+    """How many requests more its last reports told than run from here."""
     reliability: float = 1.0
     """Of late, 0 to 1: exponentially decayed share of good attempts."""
     caution: float = 1.0
@@ -154,6 +156,8 @@ class Member:
     """In all, for which it has had prompts to read; until `reading_since`, while it has."""
     reading_since: float = 0.0
     last_picked: float = -inf
+    last_chat: float = -inf
+    """When it was given a request of class interactive."""
     last_change: float = -inf
     """Of what runs on it."""
     calibrated: set[ModelName] = field(default_factory=set)
@@ -329,7 +333,9 @@ class Member:
             self.reading_since = flight.sent
         self.running[flight.ticket] = flight
         self.pending[flight.ticket] = flight
-        self.chats += flight.is_interactive and flight.kind == "ask"
+        if flight.is_interactive and flight.kind == "ask":
+            self.chats += 1
+            self.last_chat = flight.sent
         flight.streams = self.load
         if flight.paper is not None:
             self.papers_in_use[flight.paper] = self.papers_in_use.get(flight.paper, 0) + 1
@@ -486,11 +492,11 @@ class Fleet:
             member.starts_slowly()  # its engine starts anew
         was_lost = member.lost is not None
         member.condition, member.lost, member.heard = condition, None, True
-        external = member.external
-        if condition.running is None:
-            external = 0
-        elif now - member.last_change > REPORTS_LAG_SECONDS:
-            external = max(0, condition.running - len(member.running))
+        external = 0
+        if condition.running is not None:
+            # Reports lag, so that what has just ended here still counts there: the least of a few is true.
+            member.seen_beside.append(max(0, condition.running - len(member.running)))
+            external = min(member.seen_beside) if len(member.seen_beside) == REPORTS_COMPARED else 0
         if external != member.external:
             member.external = external
             member.changed()
