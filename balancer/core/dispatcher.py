@@ -253,7 +253,10 @@ class Dispatcher:
         seconds = now - max(flight.sent, member.last_first if len(member.pending) > 1 else flight.sent)
         member.began(flight, now)
         if flight.uncached > 0.75 * flight.prompt:  # else an engine that has forgotten would look slow
-            member.speeds_of(flight.offer).read(flight.uncached, seconds)
+            speeds = member.speeds_of(flight.offer)
+            before = speeds.prefill_tokens_per_second
+            speeds.read(flight.uncached, seconds)
+            flight.taught = speeds.prefill_tokens_per_second / before
         if member.shares_prefixes and flight.kind != "probe":
             self._forecast.remember(flight)
         if member.condition is not None and member.condition.slots is None:
@@ -310,8 +313,11 @@ class Dispatcher:
             self._forecast.settle(ask, member.worker.id, (prompt or flight.prompt) + (output or 0))
         if flight.kind != "probe":
             self._forecast.remember(flight, tokens=flight.prompt if flight.kind == "warm" else None)
-        if first is not None and prompt and flight.uncached <= 0.75 * flight.prompt and cached is not None:
-            speeds.read(prompt - cached, first - flight.sent)
+        if first is not None and prompt and cached is not None:
+            if flight.taught is None:
+                speeds.read(prompt - cached, first - flight.sent)
+            elif prompt - cached < 0.75 * flight.uncached:
+                speeds.prefill_tokens_per_second /= flight.taught  # it remembered more than was known
         if first is not None and output and output > 8:
             streams = (flight.streams + member.load) / 2
             speeds.answered(streams, (now - first) / (output - 1))

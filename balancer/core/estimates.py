@@ -101,6 +101,8 @@ class Speeds:
     prefill_samples: int = 0
     answers: int = 0
     """Good ones, however short."""
+    _stood_out: int = 0
+    """On which side of what was known the last prompt's speed stood out; 0: on none."""
 
     @classmethod
     def prior(cls, prefill_tokens_per_second: float, seconds_per_token: float) -> Speeds:
@@ -119,8 +121,14 @@ class Speeds:
         self.prefill_samples += 1
         if self.prefill_samples <= NEW_AFTER_ANSWERS:
             self.prefill_tokens_per_second *= ratio ** (1 / self.prefill_samples)
+            return
+        # One that stands out may be chance; a second one on the same side is a machine that has changed.
+        side = (ratio > 1.6) - (ratio < 0.6)
+        if side and side == self._stood_out:
+            self.prefill_tokens_per_second *= ratio**0.7
         else:
             self.prefill_tokens_per_second *= min(max(ratio, 0.6), 1.6) ** 0.3
+        self._stood_out = side
 
     def wrote(self, streams: float, seconds_per_token: float, share: float) -> None:
         """A stream got tokens at that pace, beside others, and no prompt was read. `share`: of an answer."""

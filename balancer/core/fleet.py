@@ -86,6 +86,8 @@ class Flight:
     first: float | None = None
     read_before: float = 0.0
     """`Member.read_for` at that moment."""
+    taught: float | None = None
+    """By which factor its first token has changed what is known of the reading speed."""
     tokens: int = 0
     """That have come until `grew`."""
     grew: float = 0.0
