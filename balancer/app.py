@@ -147,8 +147,9 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
             JourneyPolicy(
                 retry=RetryPolicy(max_retries=settings.max_retries),
                 total_seconds=settings.request_timeout,
+                total_batch_seconds=settings.request_timeout_batch,
                 max_wait_seconds=settings.max_wait,
-                max_wait_batch_seconds=settings.max_wait_seconds_batch,
+                max_wait_batch_seconds=settings.max_wait_batch,
             ),
             clock=clock,
             chance=chance,
@@ -245,9 +246,7 @@ def _watch_session(settings: Settings) -> aiohttp.ClientSession:
 def _dispatch_policy(settings: Settings) -> DispatchPolicy:
     return DispatchPolicy(
         placement=PlacementPolicy(settings.policy, settings.scorer_weights.model_dump()),
-        admission=AdmissionPolicy(
-            max_waiting=settings.max_queue, max_waiting_batch=settings.max_waiting_batch
-        ),
+        admission=AdmissionPolicy(max_waiting=settings.max_queue, max_waiting_batch=settings.max_queue_batch),
         batch=BatchPolicy(reserve=settings.batch_reserve, floor=settings.batch_floor),
         breaker=BreakerPolicy(
             trip_after=settings.breaker_trip_after,

@@ -327,7 +327,9 @@ class Tunables(_Strict):
     health_check_interval: Seconds = 5.0
     """Seconds between two probes of a worker that has no agent."""
     request_timeout: Seconds = 300.0
-    """Seconds that a request may take in all."""
+    """Seconds that an interactive request may take in all, once a worker has it."""
+    request_timeout_batch: Seconds = 3600.0
+    """The same for requests of class batch: a slow machine may take long over a long paper."""
     connect_timeout: Seconds = 10.0
     """Seconds that connecting to a worker may take."""
     read_timeout: Seconds = 60.0
@@ -336,14 +338,14 @@ class Tunables(_Strict):
     """How often a failed request is tried again, on another worker where there is one."""
     max_queue: int = Field(default=1000, ge=0, le=100_000)
     """Interactive requests that may wait for room at once; one more is refused."""
-    max_waiting_batch: int = Field(default=10_000, ge=0, le=1_000_000)
+    max_queue_batch: int = Field(default=10_000, ge=0, le=1_000_000)
     """The same for requests of class batch."""
     max_wait: Seconds = 120.0
     """Seconds that an interactive request waits for room before it is refused."""
-    max_wait_seconds_batch: Seconds = 86_400.0
+    max_wait_batch: Seconds = 86_400.0
     """The same for requests of class batch."""
     batch_reserve: float = Field(default=0.5, ge=0, le=0.9)
-    """Share of each worker's slots that is kept from class batch while chats are active."""
+    """Share of a worker's slots that is kept from class batch while people use it."""
     batch_floor: float = Field(default=0.05, ge=0, le=0.5)
     """Share of the room's work that class batch gets even under continuous chats."""
     max_body_mib: int = Field(default=32, ge=1, le=1024)

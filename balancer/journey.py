@@ -64,6 +64,8 @@ class JourneyPolicy:
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     total_seconds: float = 300.0
     """From the first slot to the end of the answer, retries included. Waiting in line has its own bound."""
+    total_batch_seconds: float = 3600.0
+    """The same for class batch: a slow machine may take long over a long paper."""
     max_wait_seconds: float = 120.0
     """In line, per attempt."""
     max_wait_batch_seconds: float = 86_400.0
@@ -191,9 +193,11 @@ class Journey:
         except TimeoutError:
             if not limit.expired():
                 raise
+            is_batch = story.service_class is ServiceClass.BATCH
+            setting = "request_timeout_batch" if is_batch else "REQUEST_TIMEOUT"
             raise TimedOut(
-                f"No whole answer within {self._policy.total_seconds:g} s. "
-                "Ask for fewer tokens, or raise REQUEST_TIMEOUT."
+                f"No whole answer within {self._longest_answer(story):g} s. "
+                f"Ask for fewer tokens, or raise {setting}."
             ) from None
 
     async def _attempt(self, call: _Call, needs: Needs) -> Outcome | None:
@@ -205,7 +209,7 @@ class Journey:
                 waited = granted - waiting_since
                 call.story.queue_seconds += waited
                 if call.limit.when() is None:
-                    call.limit.reschedule(granted + self._policy.total_seconds)
+                    call.limit.reschedule(granted + self._longest_answer(call.story))
                 warmed = await self._warm_up(call, lease, waited)
                 if warmed is None:
                     return await self._answered_first(call, lease, waited)
@@ -230,6 +234,11 @@ class Journey:
             max_output=call.request.max_output,
             replayable=call.delivery is None,
         )
+
+    def _longest_answer(self, story: Story) -> float:
+        if story.service_class is ServiceClass.BATCH:
+            return self._policy.total_batch_seconds
+        return self._policy.total_seconds
 
     def _longest_wait(self, story: Story) -> float:
         if story.service_class is ServiceClass.BATCH:

@@ -20,9 +20,9 @@ from balancer.core.model import Ask, Endpoint, ModelName, ModelOffer, Ticket, Wo
 LINGER_SECONDS = 30.0
 """A group with nothing left to do is remembered for so long: a retry, or a client that sends the prompts of
 a paper one after the other, finds it where its prefix is."""
-HORIZON_SECONDS = 1.0
-"""How long a forecast of the whole batch's end is used."""
-STEAL_BELOW, DUPLICATE_BELOW = 0.8, 0.5
+HORIZON_SHARE, HORIZON_LEAST_SECONDS, HORIZON_MOST_SECONDS = 0.01, 0.2, 1.0
+"""How long a forecast of the whole batch's end is used: a share of what remains, within bounds."""
+STEAL_BELOW, DUPLICATE_BELOW = 0.5, 0.9
 """A follower leaves its home, a straggler gets a copy, when that takes less than this share of the time."""
 SECOND_COPY_BELOW = 0.5
 """A prefix is computed again on the same worker when that costs less than this share of what it saves."""
@@ -89,6 +89,11 @@ class Horizon:
     """In which the fastest worker does one paper."""
     soonest: float
     """In which some worker would be done with one more paper and all that it has."""
+
+    def holds(self, now: float) -> bool:
+        """It is still of use."""
+        age = min(max(HORIZON_SHARE * self.remaining, HORIZON_LEAST_SECONDS), HORIZON_MOST_SECONDS)
+        return now - self.at <= age
 
 
 @dataclass(slots=True, eq=False)
@@ -317,7 +322,7 @@ class Planner:
         """It may take something of class batch: one prompt is read at a time, and none beside a chat's."""
         if not self.has_room(member, now, anyway=anyway):
             return False
-        alone = not anyway and self.has_chats(member, now)
+        alone = self.has_chats(member, now)
         return not any(alone or not flight.is_interactive for flight in member.pending.values())
 
     def work_for(
@@ -327,15 +332,15 @@ class Planner:
         offer = self._fleet.offers_of(service[0]).get(member.worker.id)
         if offer is None or service[1] not in offer.endpoints or not self._line.waits_for(service):
             return None
-        active = not anyway and self.has_chats(member, now)
-        share = 1 - self._policy.reserve if active else MEMORY_SHARE
+        active = self.has_chats(member, now)
+        share = 1 - self._policy.reserve if active and not anyway else MEMORY_SHARE
         if (follower := self._follower(member, offer, service, now, share)) is not None:
             return self._start(*follower, member, offer, active, "its prefix is here")
         key = service, member.worker.id
         horizon = self._line.horizon(service)
         if (
             horizon is not None
-            and now - horizon.at <= HORIZON_SECONDS
+            and horizon.holds(now)
             and self._declined.get(key) == (horizon, member.changes)
         ):
             return None
@@ -440,7 +445,7 @@ class Planner:
 
     def _horizon(self, group: Group, now: float) -> Horizon:
         known = self._line.horizon(group.service)
-        if known is not None and now - known.at <= HORIZON_SECONDS:
+        if known is not None and known.holds(now):
             return known
         paper = self._sizes(group)
         offers = self._fleet.offers_of(group.service[0])
@@ -597,7 +602,7 @@ class Planner:
         """Seconds of work that is bound to this worker, of papers like this one."""
         key = offer.name, member.worker.id
         known = self._loads.get(key)
-        if known is not None and known[0] == member.changes and now - known[1] <= HORIZON_SECONDS:
+        if known is not None and known[0] == member.changes and now - known[1] <= HORIZON_MOST_SECONDS:
             return max(known[2] - (now - known[1]), 0.0)
         speeds, streams = member.speeds_of(offer), _streams(member, offer, paper)
         token = speeds.writing.at(max(member.load, 1))

@@ -68,6 +68,8 @@ EXPLORED_WITH_TOKENS = 2000.0
 """A worker of which little is known is tried with prompts no longer than this."""
 CALIBRATION_PROMPT_TOKENS, CALIBRATION_OUTPUT_TOKENS = 512, 16
 """A second's work for a small machine (ROUTING 2, "Prior")."""
+FLOOR_AFTER_SECONDS = 10.0
+"""Batch that has not waited for so long is not starved yet."""
 FLOOR_HALF_LIFE_SECONDS = 60.0
 """How fast it is forgotten which class was given how much."""
 SILENT_SECONDS, SILENT_UNBEGUN_SECONDS = 5.0, 10.0
@@ -158,6 +160,7 @@ class Dispatcher:
         self._given = {ServiceClass.INTERACTIVE: 0.0, ServiceClass.BATCH: 0.0}
         """Tokens, decayed since `_given_at`."""
         self._given_at = started
+        self._batch_waits_since: float | None = None
         self._shortlists: dict[Service, tuple[float, int, tuple[Member, ...]]] = {}
         """When they were made, at which version of the fleet, and who is on them."""
         self._waits: dict[Service, tuple[float, float]] = {}
@@ -892,6 +895,11 @@ class Dispatcher:
 
     def _batch_is_starved(self, now: float) -> bool:
         if not len(self._batch):
+            self._batch_waits_since = None
+            return False
+        if self._batch_waits_since is None:
+            self._batch_waits_since = now
+        if now - self._batch_waits_since < FLOOR_AFTER_SECONDS:
             return False
         total = sum(self._given.values())
         return self._given[ServiceClass.BATCH] < self._policy.batch.floor * total

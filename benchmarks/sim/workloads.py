@@ -137,7 +137,7 @@ WORKLOADS: Mapping[str, Workload] = {
     "chat85": Workload(chat_share=0.85),
     "chat30+batch": Workload(chat_share=0.30, papers=300),
     "chat30+faults": Workload(chat_share=0.30, faults=_CHAT_FAULTS),
-    "batch+faults": Workload(papers=300, faults=_BATCH_FAULTS, batch_limit_seconds=600.0),
+    "batch+faults": Workload(papers=300, faults=_BATCH_FAULTS, batch_limit_seconds=3600.0),
 }
 
 

@@ -87,7 +87,7 @@ def test_any_bytes_are_read_without_harm(data: bytes) -> None:
 @pytest.mark.parametrize(
     ("model", "told"),
     [
-        ("/home/somebody/models/Qwen2.5-7B-Instruct-Q4_K_M.gguf", "Qwen2.5-7B-Instruct-Q4_K_M.gguf"),
+        ("/srv/models/models/Qwen2.5-7B-Instruct-Q4_K_M.gguf", "Qwen2.5-7B-Instruct-Q4_K_M.gguf"),
         ("Qwen/Qwen2.5-7B-Instruct-AWQ", "Qwen/Qwen2.5-7B-Instruct-AWQ"),
         ("/models/secret", "secret"),
         ("./x.gguf", "x.gguf"),

@@ -14,7 +14,7 @@ from benchmarks.sim.fleets import FLEETS, Fleet, Machine
 from benchmarks.sim.policies import POLICIES
 from benchmarks.sim.prefixes import Work
 from benchmarks.sim.room import Room
-from benchmarks.sim.scene import play, simulate
+from benchmarks.sim.scene import CALIBRATING_SECONDS, play, simulate
 from benchmarks.sim.virtual_time import VirtualTime
 from benchmarks.sim.workloads import (
     WORKLOADS,
@@ -131,15 +131,16 @@ def test_a_crash_loses_no_paper():
     machines = (Machine(name="box", engine=small_engine(), ideal_limit=4, count=3),)
     crash = (Fault(at=0.3, machine=0, what="crash"),)
     workload = Workload(papers=6, faults=crash, batch_limit_seconds=600.0)
-    figures = play(Fleet(machines=machines), workload, "balancer", 1)
+    figures = play(Fleet(machines=machines), workload, "expected_latency", 1)
     assert (figures.lost, figures.batch_done) == (0, 1.0)
     assert figures.prefill_over_min > 1.0
 
 
 def test_a_chat_that_is_cut_in_the_middle_of_its_answer_is_lost():
     machines = Fleet(machines=(Machine(name="box", engine=small_engine(), ideal_limit=4),)).each()
-    time = VirtualTime()
-    room = Room(time, machines, POLICIES["balancer"], Random(1))
+    time = VirtualTime(-CALIBRATING_SECONDS)
+    room = Room(time, machines, POLICIES["expected_latency"], Random(1))
+    time.run(0.0)
     session = replace(sessions(1, 1.0, 100.0)[0], start=0.0)
     first = session.request(0).work
     people = ChatClients(room, [session], patience_seconds=120.0)
@@ -155,7 +156,7 @@ def test_a_chat_that_is_cut_in_the_middle_of_its_answer_is_lost():
 def test_a_machine_that_never_answers_costs_the_people_on_it_their_patience():
     machines = Fleet(machines=(Machine(name="box", engine=small_engine(), ideal_limit=4),)).each()
     time = VirtualTime()
-    room = Room(time, machines, POLICIES["balancer"], Random(1))
+    room = Room(time, machines, POLICIES["expected_latency"], Random(1))
     room.suffer(Fault(at=0.0, machine=0, what="hang"))
     people = ChatClients(room, sessions(1, 0.05, 100.0), patience_seconds=120.0)
     time.run(400.0)
@@ -178,7 +179,9 @@ def test_the_same_seed_gives_the_same_row_and_another_one_another(policy):
 
 def test_a_light_chat_on_a_fast_room_is_all_good():
     fleet = FLEETS["equal8"]()
-    figures = play(fleet, Workload(chat_share=0.05, chat_seconds=120.0, warm_seconds=0.0), "balancer", 1)
+    figures = play(
+        fleet, Workload(chat_share=0.05, chat_seconds=120.0, warm_seconds=0.0), "expected_latency", 1
+    )
     assert (figures.goodput, figures.lost) == (1.0, 0)
     assert 0 < figures.ttft_p50 <= figures.ttft_p99 < 5
     assert (figures.makespan_over_bound, figures.prefill_over_min, figures.batch_done) == (None, None, None)
@@ -187,17 +190,68 @@ def test_a_light_chat_on_a_fast_room_is_all_good():
 def test_a_fault_of_a_machine_that_is_not_there_is_named():
     workload = Workload(papers=1, faults=(Fault(at=0.1, machine=7, what="hang"),))
     with pytest.raises(ValueError, match="this fleet has 7"):
-        play(FLEETS["mixed7"](), workload, "balancer", 1)
+        play(FLEETS["mixed7"](), workload, "expected_latency", 1)
 
 
 def test_a_batch_that_can_never_be_done_is_refused():
     workload = Workload(papers=1, faults=(Fault(at=0.0, machine=0, what="hang"),))
     machines = (Machine(name="box", engine=small_engine(), ideal_limit=4),)
     with pytest.raises(ValueError, match="never be done"):
-        play(Fleet(machines=machines), workload, "balancer", 1)
+        play(Fleet(machines=machines), workload, "expected_latency", 1)
 
 
 def test_twice_as_many_machines_halve_the_bound():
     batch = papers(1, 20, 5)
     one, two = makespan_bound((small_engine(),), batch), makespan_bound((small_engine(),) * 2, batch)
     assert two == pytest.approx(one / 2)
+
+
+# What the default policy is for, on small rooms
+
+TINY = Fleet(
+    machines=(
+        FLEETS["mixed7"]().machines[0],  # a fast card with vLLM
+        FLEETS["mixed7"]().machines[1],  # two large Macs
+        replace(FLEETS["mixed7"]().machines[2], count=1),
+    )
+)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_batch_on_a_mixed_room_is_done_long_before_round_robin_has_it_and_reads_each_paper_once(seed):
+    workload = Workload(papers=60)
+    ours = play(TINY, workload, "expected_latency", seed)
+    theirs = play(TINY, workload, "round_robin", seed)
+    assert (ours.lost, ours.batch_done) == (0, 1.0)
+    assert 2 * ours.makespan_over_bound < theirs.makespan_over_bound
+    assert ours.prefill_over_min <= 1.05
+
+
+def test_people_beside_a_batch_hardly_notice_it_and_it_is_done():
+    workload = Workload(chat_share=0.3, chat_seconds=240.0, papers=24)
+    figures = play(TINY, workload, "expected_latency", 1)
+    assert figures.goodput >= 0.95
+    assert (figures.lost, figures.batch_done) == (0, 1.0)
+
+
+def test_a_batch_loses_nothing_to_a_hang_and_a_crash():
+    faults = (
+        Fault(at=0.2, machine=1, what="hang"),
+        Fault(at=0.4, machine=0, what="crash"),
+        Fault(at=0.6, machine=0, what="return"),
+    )
+    workload = Workload(papers=60, faults=faults, batch_limit_seconds=600.0)
+    figures = play(TINY, workload, "expected_latency", 1)
+    assert (figures.lost, figures.batch_done) == (0, 1.0)
+    assert figures.makespan_over_bound < 1.6
+
+
+def test_short_prompts_without_anything_in_common_are_a_batch_too():
+    batch = tuple(paper(f"p{number}", 0, [(60, 5)]) for number in range(40))
+    time = VirtualTime(-CALIBRATING_SECONDS)
+    room = Room(time, TINY.each(), POLICIES["expected_latency"], Random(1))
+    time.run(0.0)
+    client = BatchClient(room, batch, at_once=100, limit_seconds=None, dice=Random(1))
+    time.run(600.0, lambda: client.is_through)
+    assert client.is_through
+    assert all(one.answered for one in client.outcomes)

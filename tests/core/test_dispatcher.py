@@ -1,15 +1,13 @@
-"""The dispatcher as a whole: named scenes, then what must hold after any history."""
+"""The dispatcher as a whole, under every policy: who is served, who waits, who is refused."""
 
 import random
+from functools import partial
 
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+import pytest
 
 from balancer.core.admission import AdmissionPolicy
 from balancer.core.breaker import BreakerPolicy, Phase
 from balancer.core.dispatcher import Dispatcher, DispatchPolicy
-from balancer.core.fleet import FAILED_BEFORE
 from balancer.core.model import (
     Abandon,
     Arrived,
@@ -17,7 +15,6 @@ from balancer.core.model import (
     Condition,
     Ended,
     Endpoint,
-    Gone,
     Grant,
     Lost,
     Measures,
@@ -34,6 +31,7 @@ from balancer.core.model import (
     Worker,
     WorkerId,
 )
+from balancer.core.placement import POLICIES, PlacementPolicy
 
 CHAT = Endpoint.CHAT
 
@@ -60,9 +58,11 @@ def ask(
 class Room:
     """A dispatcher in a test: each call is an event, its answer the commands that follow."""
 
-    def __init__(self, **policy):
+    def __init__(self, policy: str, **more):
         self.dispatcher = Dispatcher(
-            DispatchPolicy(settle_seconds=0, **policy), random.Random(1), started=0.0
+            DispatchPolicy(placement=PlacementPolicy(policy), settle_seconds=0, **more),
+            random.Random(1),
+            started=0.0,
         )
         self.now = 0.0
 
@@ -84,6 +84,12 @@ class Room:
         return next(v for v in self.dispatcher.snapshot(self.now).workers if v.worker.id == name)
 
 
+@pytest.fixture(params=POLICIES)
+def open_room(request):
+    """These scenes hold whatever the policy."""
+    return partial(Room, request.param)
+
+
 def granted(commands) -> list[tuple[int, str]]:
     return [(c.ticket, c.worker.id) for c in commands if isinstance(c, Grant)]
 
@@ -92,20 +98,20 @@ def refused(commands) -> list[Refusal]:
     return [c.refusal for c in commands if isinstance(c, Refuse)]
 
 
-def test_an_ask_is_granted_at_once_where_there_is_room():
-    room = Room().with_worker("mini", "m")
+def test_an_ask_is_granted_at_once_where_there_is_room(open_room):
+    room = open_room().with_worker("mini", "m")
     assert granted(room.arrive(1)) == [(1, "mini")]
 
 
-def test_an_ask_waits_in_the_balancer_until_a_worker_has_room():
-    room = Room().with_worker("mini", "m", cap=1)
+def test_an_ask_waits_in_the_balancer_until_a_worker_has_room(open_room):
+    room = open_room().with_worker("mini", "m", cap=1)
     room.arrive(1)
     assert room.arrive(2) == []
     assert granted(room.end(1)) == [(2, "mini")]
 
 
-def test_work_is_bound_late_to_whoever_is_free_first():
-    room = Room().with_worker("slow", "m", cap=1).with_worker("fast", "m", cap=1)
+def test_work_is_bound_late_to_whoever_is_free_first(open_room):
+    room = open_room().with_worker("slow", "m", cap=1).with_worker("fast", "m", cap=1)
     first = dict(granted(room.arrive(1) + room.arrive(2)))
     assert set(first.values()) == {"slow", "fast"}
     room.arrive(3)
@@ -113,37 +119,37 @@ def test_work_is_bound_late_to_whoever_is_free_first():
     assert granted(room.end(free)) == [(3, "fast")]
 
 
-def test_nobody_is_asked_for_a_model_that_it_does_not_serve():
-    room = Room().with_worker("a", "m", cap=9).with_worker("b", "other", cap=9)
+def test_nobody_is_asked_for_a_model_that_it_does_not_serve(open_room):
+    room = open_room().with_worker("a", "m", cap=9).with_worker("b", "other", cap=9)
     grants = [room.arrive(n) for n in range(9)]
     assert {name for commands in grants for _, name in granted(commands)} == {"a"}
 
 
-def test_an_unknown_model_is_refused_with_what_exists():
-    room = Room().with_worker("a", "m", "n")
+def test_an_unknown_model_is_refused_with_what_exists(open_room):
+    room = open_room().with_worker("a", "m", "n")
     (refuse,) = room.arrive(1, "nothing")
     assert refuse.refusal is Refusal.MODEL_NOT_FOUND
     assert refuse.models == ("m", "n")
 
 
-def test_a_model_is_waited_for_while_the_room_is_still_being_heard():
-    room = Room()
+def test_a_model_is_waited_for_while_the_room_is_still_being_heard(open_room):
+    room = open_room()
     room.tell(Seen(worker("a")))
     assert room.arrive(1) == []
     assert granted(room.tell(Reported(WorkerId("a"), condition("m")))) == [(1, "a")]
 
 
-def test_a_worker_that_was_never_reached_does_not_keep_askers_of_unknown_models_waiting():
+def test_a_worker_that_was_never_reached_does_not_keep_askers_of_unknown_models_waiting(open_room):
     """But it may have the model: so they are told to come again, not that there is no such model."""
-    room = Room().with_worker("a", "m")
+    room = open_room().with_worker("a", "m")
     room.tell(Seen(worker("dead")))
     assert room.arrive(1, "nothing") == []
     (refuse,) = room.tell(Lost(WorkerId("dead"), "connection refused"))
     assert (refuse.refusal, refuse.detail) == (Refusal.MODEL_AWAY, "dead: connection refused")
 
 
-def test_a_worker_that_moves_is_waited_for_with_what_it_served():
-    room = Room().with_worker("a", "m")
+def test_a_worker_that_moves_is_waited_for_with_what_it_served(open_room):
+    room = open_room().with_worker("a", "m")
     room.tell(Lost(WorkerId("a"), "connection refused"))
     assert room.arrive(1) == []
     assert room.tell(Seen(worker("a", port=2))) == []
@@ -151,30 +157,30 @@ def test_a_worker_that_moves_is_waited_for_with_what_it_served():
     assert granted(room.tell(Reported(WorkerId("a"), condition("m")))) == [(1, "a")]
 
 
-def test_a_retry_does_not_wait_for_a_rival_that_is_dead():
-    room = Room().with_worker("a", "m").with_worker("dead", "m")
+def test_a_retry_does_not_wait_for_a_rival_that_is_dead(open_room):
+    room = open_room().with_worker("a", "m").with_worker("dead", "m")
     room.tell(Lost(WorkerId("dead"), "connection refused"))
     assert granted(room.arrive(1, avoid=frozenset({"a"}))) == [(1, "a")]
 
 
-def test_a_retry_does_not_prefer_a_broken_rival_to_one_failure():
-    room = Room(breaker=BreakerPolicy(trip_after=1)).with_worker("broken", "m")
+def test_a_retry_does_not_prefer_a_broken_rival_to_one_failure(open_room):
+    room = open_room(breaker=BreakerPolicy(trip_after=1)).with_worker("broken", "m")
     room.arrive(1)
     room.end(1, Verdict.BAD)
     room.with_worker("a", "m")
     assert granted(room.arrive(2, avoid=frozenset({"a"}))) == [(2, "a")]
 
 
-def test_a_retry_is_not_turned_away_by_a_line_that_filled_meanwhile():
-    room = Room(admission=AdmissionPolicy(max_waiting=1)).with_worker("a", "m", cap=1)
+def test_a_retry_is_not_turned_away_by_a_line_that_filled_meanwhile(open_room):
+    room = open_room(admission=AdmissionPolicy(max_waiting=1)).with_worker("a", "m", cap=1)
     room.arrive(1)
     room.arrive(2)
     again = Ask(needs=ask().needs, arrived=0, deadline=30, admitted=True)
     assert room.tell(Arrived(Ticket(3), again)) == []
 
 
-def test_room_goes_to_the_oldest_first_whatever_the_model():
-    room = Room().with_worker("a", "m", "n", cap=2)
+def test_room_goes_to_the_oldest_first_whatever_the_model(open_room):
+    room = open_room().with_worker("a", "m", "n", cap=2)
     room.arrive(1)
     room.arrive(2)
     for number, model in ((3, "m"), (4, "n"), (5, "m")):
@@ -184,35 +190,35 @@ def test_room_goes_to_the_oldest_first_whatever_the_model():
     assert [ticket for ticket, _ in granted(room.end(1))] == [4]
 
 
-def test_an_empty_room_says_so():
-    assert refused(Room().arrive(1)) == [Refusal.ROOM_EMPTY]
+def test_an_empty_room_says_so(open_room):
+    assert refused(open_room().arrive(1)) == [Refusal.ROOM_EMPTY]
 
 
-def test_an_endpoint_that_no_worker_of_the_model_has_is_refused():
-    room = Room()
+def test_an_endpoint_that_no_worker_of_the_model_has_is_refused(open_room):
+    room = open_room()
     room.tell(Seen(worker("a")))
     offer = ModelOffer(name=ModelName("m"), endpoints=frozenset({CHAT}))
     room.tell(Reported(WorkerId("a"), Condition(models=(offer,))))
     assert refused(room.arrive(1, endpoint=Endpoint.EMBEDDINGS)) == [Refusal.ENDPOINT_NOT_SERVED]
 
 
-def test_a_configured_model_is_known_while_its_worker_is_down():
-    room = Room()
+def test_a_configured_model_is_known_while_its_worker_is_down(open_room):
+    room = open_room()
     room.tell(Seen(worker("a", only="m")))
     room.tell(Lost(WorkerId("a"), "connection refused"))
     assert room.arrive(1) == []
     assert granted(room.tell(Reported(WorkerId("a"), condition()))) == [(1, "a")]
 
 
-def test_a_configured_model_hides_what_else_a_worker_reports():
-    room = Room()
+def test_a_configured_model_hides_what_else_a_worker_reports(open_room):
+    room = open_room()
     room.tell(Seen(worker("a", only="m")))
     room.tell(Reported(WorkerId("a"), condition("m", "other")))
     assert list(room.dispatcher.snapshot(0).models) == ["m"]
 
 
-def test_a_full_line_refuses_at_once_with_an_honest_pause():
-    room = Room(admission=AdmissionPolicy(max_waiting=2)).with_worker("a", "m", cap=1)
+def test_a_full_line_refuses_at_once_with_an_honest_pause(open_room):
+    room = open_room(admission=AdmissionPolicy(max_waiting=2)).with_worker("a", "m", cap=1)
     room.arrive(1)
     room.end(1, seconds=4.0)
     room.arrive(2)
@@ -222,8 +228,8 @@ def test_a_full_line_refuses_at_once_with_an_honest_pause():
     assert refuse.retry_after == 3 * 4.0  # two before it and itself, 4 s each, one at a time
 
 
-def test_who_waited_too_long_is_told_why():
-    room = Room().with_worker("a", "m", cap=1)
+def test_who_waited_too_long_is_told_why(open_room):
+    room = open_room().with_worker("a", "m", cap=1)
     room.arrive(1)
     room.arrive(2)
     room.now = 30
@@ -231,8 +237,8 @@ def test_who_waited_too_long_is_told_why():
     assert (refuse.ticket, refuse.refusal, refuse.detail) == (2, Refusal.WAITED_TOO_LONG, "a: busy")
 
 
-def test_a_client_that_leaves_the_line_is_forgotten():
-    room = Room().with_worker("a", "m", cap=1)
+def test_a_client_that_leaves_the_line_is_forgotten(open_room):
+    room = open_room().with_worker("a", "m", cap=1)
     room.arrive(1)
     room.arrive(2)
     room.end(2, Verdict.UNKNOWN)
@@ -240,20 +246,20 @@ def test_a_client_that_leaves_the_line_is_forgotten():
     assert room.dispatcher.snapshot(0).waiting == 0
 
 
-def test_a_failed_request_goes_elsewhere_and_waits_for_elsewhere():
-    room = Room().with_worker("bad", "m").with_worker("good", "m", cap=1)
+def test_a_failed_request_goes_elsewhere_and_waits_for_elsewhere(open_room):
+    room = open_room().with_worker("bad", "m").with_worker("good", "m", cap=1)
     room.arrive(1, avoid=frozenset({"bad"}))
     assert room.arrive(2, avoid=frozenset({"bad"})) == []
     assert granted(room.end(1)) == [(2, "good")]
 
 
-def test_where_there_is_nobody_else_a_failed_request_goes_back_to_the_same_worker():
-    room = Room().with_worker("only", "m")
+def test_where_there_is_nobody_else_a_failed_request_goes_back_to_the_same_worker(open_room):
+    room = open_room().with_worker("only", "m")
     assert granted(room.arrive(1, avoid=frozenset({"only"}))) == [(1, "only")]
 
 
-def test_three_failures_in_a_row_take_a_worker_out_while_another_goes_on():
-    room = Room().with_worker("bad", "m", cap=9).with_worker("good", "m", cap=9)
+def test_three_failures_in_a_row_take_a_worker_out_while_another_goes_on(open_room):
+    room = open_room().with_worker("bad", "m", cap=9).with_worker("good", "m", cap=9)
     number = 0
     while room.view("bad").breaker is Phase.CLOSED:
         number += 1
@@ -266,24 +272,24 @@ def test_three_failures_in_a_row_take_a_worker_out_while_another_goes_on():
         room.end(ticket)
 
 
-def test_the_last_worker_is_never_shut_out():
-    room = Room(breaker=BreakerPolicy(trip_after=1)).with_worker("only", "m")
+def test_the_last_worker_is_never_shut_out(open_room):
+    room = open_room(breaker=BreakerPolicy(trip_after=1)).with_worker("only", "m")
     room.arrive(1)
     room.end(1, Verdict.BAD)
     assert room.view("only").breaker is Phase.OPEN
     assert granted(room.arrive(2)) == [(2, "only")]
 
 
-def test_a_worker_that_cannot_be_connected_to_gets_nothing_until_it_is_heard_of():
-    room = Room().with_worker("a", "m")
+def test_a_worker_that_cannot_be_connected_to_gets_nothing_until_it_is_heard_of(open_room):
+    room = open_room().with_worker("a", "m")
     room.arrive(1)
     room.end(1, Verdict.BAD, unreachable=True)
     assert room.arrive(2) == []
     assert granted(room.tell(Reported(WorkerId("a"), condition("m")))) == [(2, "a")]
 
 
-def test_a_worker_that_asks_to_be_left_alone_is():
-    room = Room().with_worker("a", "m")
+def test_a_worker_that_asks_to_be_left_alone_is(open_room):
+    room = open_room().with_worker("a", "m")
     room.arrive(1)
     room.end(1, Verdict.UNKNOWN, hold_seconds=5)
     assert room.arrive(2) == []
@@ -291,8 +297,8 @@ def test_a_worker_that_asks_to_be_left_alone_is():
     assert granted(room.tell(Tick())) == [(2, "a")]
 
 
-def test_a_silent_agent_loses_what_runs_on_it_and_a_failed_poll_does_not():
-    room = Room().with_worker("a", "m").with_worker("b", "m")
+def test_a_silent_agent_loses_what_runs_on_it_and_a_failed_poll_does_not(open_room):
+    room = open_room().with_worker("a", "m").with_worker("b", "m")
     running = {room.arrive(n)[0].worker.id: n for n in (1, 2)} | {}
     while set(running) != {"a", "b"}:
         number = max(running.values()) + 1
@@ -302,22 +308,22 @@ def test_a_silent_agent_loses_what_runs_on_it_and_a_failed_poll_does_not():
     assert running["b"] in {c.ticket for c in abandoned if isinstance(c, Abandon)}
 
 
-def test_a_loading_worker_gets_nothing():
-    room = Room()
+def test_a_loading_worker_gets_nothing(open_room):
+    room = open_room()
     room.tell(Seen(worker("a", only="m")))
     room.tell(Reported(WorkerId("a"), condition("m", ready=False)))
     assert room.arrive(1) == []
 
 
-def test_a_worker_that_loads_again_is_waited_for():
-    room = Room().with_worker("a", "m")
+def test_a_worker_that_loads_again_is_waited_for(open_room):
+    room = open_room().with_worker("a", "m")
     room.tell(Reported(WorkerId("a"), condition(ready=False)))
     assert room.arrive(1) == []
     assert granted(room.tell(Reported(WorkerId("a"), condition("m")))) == [(1, "a")]
 
 
-def test_a_slower_worker_with_equal_room_is_picked_less():
-    room = Room().with_worker("fast", "m", cap=99).with_worker("slow", "m", cap=99)
+def test_a_slower_worker_with_equal_room_is_picked_less_by_the_users_formula():
+    room = Room("weighted_random").with_worker("fast", "m", cap=99).with_worker("slow", "m", cap=99)
     counts = {"fast": 0, "slow": 0}
     for number in range(2000):
         ((ticket, name),) = granted(room.arrive(number))
@@ -325,140 +331,3 @@ def test_a_slower_worker_with_equal_room_is_picked_less():
         room.end(ticket, seconds=1.0 if name == "fast" else 10.0)
     expected = (0.4 + 0.4 + 0.2 * 0.1) / (1.0 + 0.82)  # of the formula's two weights, the slow one's share
     assert abs(counts["slow"] / 2000 - expected) < 0.04
-
-
-WORKERS = ("a", "b", "c")
-MODELS = ("m", "n")
-
-
-class AnyHistory(RuleBasedStateMachine):
-    """Events in any order; a shadow of who waits and who runs is kept from the commands alone."""
-
-    @initialize(seed=st.integers(0, 1000), max_waiting=st.integers(0, 5), trip_after=st.integers(1, 3))
-    def open(self, seed, max_waiting, trip_after):
-        self.dispatcher = Dispatcher(
-            DispatchPolicy(
-                admission=AdmissionPolicy(max_waiting),
-                breaker=BreakerPolicy(trip_after, rest_seconds=5),
-                settle_seconds=0,
-            ),
-            random.Random(seed),
-            started=0.0,
-        )
-        self.now = 0.0
-        self.max_waiting = max_waiting
-        self.numbers = 0
-        self.waiting: dict[Ticket, Ask] = {}
-        self.running: dict[Ticket, WorkerId] = {}
-        self.limits: dict[str, int] = {}
-
-    def tell(self, event):
-        for command in self.dispatcher.handle(event, self.now):
-            match command:
-                case Grant(ticket, granted_worker, choice):
-                    asked = self.waiting.pop(ticket)
-                    self.running[ticket] = granted_worker.id
-                    assert choice.worker_id == granted_worker.id
-                    weights = [candidate.weight for candidate in choice.candidates]
-                    assert all(0 <= weight < float("inf") for weight in weights)
-                    if granted_worker.id in asked.needs.avoid:
-                        for other in self.serving(asked.needs) - asked.needs.avoid:
-                            assert choice.excluded[other] not in ("no room", FAILED_BEFORE)
-                    held = sum(name == granted_worker.id for name in self.running.values())
-                    assert held <= self.limits[granted_worker.id]
-                case Refuse(ticket=ticket):
-                    del self.waiting[ticket]
-                case Abandon(ticket, _):
-                    assert ticket in self.running
-
-    def serving(self, needs: Needs) -> frozenset[WorkerId]:
-        models = self.dispatcher.snapshot(self.now)
-        return frozenset(view.worker.id for view in models.workers if needs.model in view.models)
-
-    @rule(model=st.sampled_from(MODELS), avoid=st.frozensets(st.sampled_from(WORKERS)), early=st.floats(0, 5))
-    def arrives(self, model, avoid, early):
-        self.numbers += 1
-        ticket = Ticket(self.numbers)
-        asked = ask(model, now=self.now - early, avoid=avoid)
-        self.waiting[ticket] = asked
-        self.tell(Arrived(ticket, asked))
-
-    @precondition(lambda self: self.running)
-    @rule(
-        data=st.data(),
-        verdict=st.sampled_from(list(Verdict)),
-        unreachable=st.booleans(),
-        hold=st.none() | st.floats(0, 9),
-    )
-    def ends(self, data, verdict, unreachable, hold):
-        ticket = data.draw(st.sampled_from(sorted(self.running)))
-        del self.running[ticket]
-        self.tell(
-            Ended(
-                ticket,
-                verdict,
-                Measures(seconds=1.0),
-                unreachable=unreachable and verdict is Verdict.BAD,
-                hold_seconds=hold,
-            )
-        )
-
-    @precondition(lambda self: self.waiting)
-    @rule(data=st.data())
-    def leaves_the_line(self, data):
-        ticket = data.draw(st.sampled_from(sorted(self.waiting)))
-        del self.waiting[ticket]
-        self.tell(Ended(ticket))
-
-    @rule(name=st.sampled_from(WORKERS), cap=st.none() | st.integers(1, 3), port=st.integers(1, 2))
-    def seen(self, name, cap, port):
-        self.tell_limit(name, cap=cap)
-        self.tell(Seen(worker(name, cap, port=port)))
-
-    @rule(
-        name=st.sampled_from(WORKERS),
-        models=st.sets(st.sampled_from(MODELS)),
-        slots=st.none() | st.integers(1, 3),
-        ready=st.booleans(),
-    )
-    def reported(self, name, models, slots, ready):
-        self.tell(Reported(WorkerId(name), condition(*sorted(models), slots=slots, ready=ready)))
-
-    @rule(name=st.sampled_from(WORKERS), abandon=st.booleans())
-    def lost(self, name, abandon):
-        self.tell(Lost(WorkerId(name), "gone dark", abandon))
-
-    @rule(name=st.sampled_from(WORKERS))
-    def gone(self, name):
-        self.tell(Gone(WorkerId(name)))
-
-    @rule(seconds=st.floats(0, 20))
-    def time_passes(self, seconds):
-        self.now += seconds
-        self.tell(Tick())
-
-    def tell_limit(self, name, cap):
-        self.limits[name] = 4 if cap is None else cap  # 4: the most that `slots` or the default come to
-
-    @invariant()
-    def counts_add_up(self):
-        snapshot = self.dispatcher.snapshot(self.now)
-        assert snapshot.waiting == len(self.waiting) <= self.max_waiting
-        assert snapshot.running == len(self.running)
-
-    @invariant()
-    def nobody_waits_beside_a_worker_that_could_take_them(self):
-        self.dispatcher.handle(Tick(), self.now)  # changes nothing unless somebody was left waiting
-        assert self.dispatcher.snapshot(self.now).running == len(self.running)
-
-    def teardown(self):
-        for ticket in list(self.waiting) + list(self.running):
-            self.dispatcher.handle(Ended(ticket), self.now)
-        self.waiting, self.running = {}, {}
-        snapshot = self.dispatcher.snapshot(self.now)
-        assert (snapshot.waiting, snapshot.running) == (0, 0)
-        assert all(view.running == 0 for view in snapshot.workers)
-
-
-AnyHistory.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
-TestAnyHistory = AnyHistory.TestCase
