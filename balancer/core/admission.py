@@ -1,7 +1,9 @@
 """The bounded waiting line of the interactive class: who waits, whose turn it is, until when. Pure.
 
 Asks with equal needs can be served by the same workers. Among them each client gets its fair share of the
-tokens served (`fairness.Turns`), and each client's own asks are served in the order of their arrival.
+tokens served (`fairness.Turns`), and among equals, and among a client's own, the first comes first. Under
+overload that would make everybody wait, and nobody's answer be in time: so when the line has stood for
+long, the last comes first (adaptive LIFO: Maurer, "Fail at Scale", ACM Queue 13(8), 2015).
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from balancer.core.model import Ask, Needs, Ticket
 class AdmissionPolicy:
     max_waiting: int = 1000
     """Of class interactive. Beyond it an ask is refused at once: a longer line only adds waiting."""
+    overload_seconds: float = 5.0
+    """When somebody has waited for so long, the last comes first."""
     max_waiting_batch: int = 10_000
     """Of class batch: all that a client wants done over night may wait here, which lets it be put in a good
     order."""
@@ -78,17 +82,26 @@ class WaitingLine:
         """What is waited for; first what somebody waits for longest."""
         return sorted(self._groups, key=lambda needs: min(ask.arrived for _, ask in self._firsts(needs)))
 
-    def in_turn(self, needs: Needs, cost: Callable[[Ask], float]) -> Iterator[tuple[Ticket, Ask]]:
+    def waited(self, needs: Needs, now: float) -> float:
+        """Seconds for which the first of those who need this has waited."""
+        if needs not in self._groups:
+            return 0.0
+        return now - min(ask.arrived for _, ask in self._firsts(needs))
+
+    def in_turn(
+        self, needs: Needs, cost: Callable[[Ask], float], *, last_first: bool = False
+    ) -> Iterator[tuple[Ticket, Ask]]:
         """Who needs this, whose turn it is first, as if each were served its `cost` in tokens before the
         next is looked at. The line must not change meanwhile."""
         group = self._groups.get(needs)
         if group is None:
             return
         heap = []
+        sign = -1 if last_first else 1
         for number, (client, own) in enumerate(group.by_client.items()):
-            waiting = iter(own.items())
+            waiting = iter(reversed(own.items()) if last_first else own.items())
             ticket, ask = next(waiting)
-            heap.append((self.turns.counter(client), ask.arrived, number, ticket, ask, waiting))
+            heap.append((self.turns.counter(client), sign * ask.arrived, number, ticket, ask, waiting))
         heapify(heap)
         while heap:
             counter, _, number, ticket, ask, waiting = heap[0]
@@ -97,7 +110,7 @@ class WaitingLine:
             if following is None:
                 heappop(heap)
             else:
-                entry = (counter + cost(ask), following[1].arrived, number, *following, waiting)
+                entry = (counter + cost(ask), sign * following[1].arrived, number, *following, waiting)
                 heapreplace(heap, entry)
 
     def has(self, needs: Needs) -> bool:

@@ -518,7 +518,8 @@ class Dispatcher:
         declined: set[Ticket],
         changed: Sequence[Member] | None,
     ) -> Grant | None:
-        for ticket, ask in islice(line.in_turn(needs, self._tokens), LOOKS):
+        last_first = line is self._line and self._is_overloaded(needs, now)
+        for ticket, ask in islice(line.in_turn(needs, self._tokens, last_first=last_first), LOOKS):
             if ticket in declined:
                 continue
             if changed and self._estimates and self._prefers_waiting(ask, changed, now):
@@ -905,6 +906,9 @@ class Dispatcher:
         return self._given[ServiceClass.BATCH] < self._policy.batch.floor * total
 
     # Waiting and refusing
+
+    def _is_overloaded(self, needs: Needs, now: float) -> bool:
+        return self._line.waited(needs, now) > self._policy.admission.overload_seconds
 
     def _leave(self, ticket: Ticket) -> Ask | None:
         return self._line.leave(ticket) or self._batch.leave(ticket) or self._plain_batch.leave(ticket)

@@ -188,7 +188,7 @@ class Room:
             deadline=call.arrived + patience,
             admitted=bool(call.tried) or call.warmed,
             service_class=ServiceClass.INTERACTIVE if is_chat else ServiceClass.BATCH,
-            client="people" if is_chat else "batch",
+            client=call.request.work.key if is_chat else "batch",
             prompt=_prompt(call.request),
             replayable=not call.streams,
         )
