@@ -217,14 +217,18 @@ def why(
         console.print(
             Text(f"\nattempt {number}: {attempt['worker']}, {attempt['ended']}{detail}", style="bold")
         )
-        table = Table("worker", "chance", "weight", "because")
+        if attempt["because"]:
+            console.print(Text(attempt["because"]))
+        table = Table("worker", "chance", "weight", "expected", "because")
         for candidate in attempt["candidates"]:
             scores = ", ".join(f"{name} {score:g}" for name, score in candidate["scores"].items())
+            expected = candidate["expected_seconds"]
             table.add_row(
-                Text(candidate["worker"]), f"{candidate['share']:.0%}", f"{candidate['weight']:g}", scores
+                *(Text(candidate["worker"]), f"{candidate['share']:.0%}", f"{candidate['weight']:g}"),
+                *("" if expected is None else f"{expected:.2f} s", scores),
             )
         for name, reason in attempt["excluded"].items():
-            table.add_row(Text(name), "0%", "-", Text(reason))
+            table.add_row(Text(name), "0%", "-", "", Text(reason))
         console.print(table)
 
 

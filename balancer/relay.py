@@ -164,9 +164,13 @@ class Relay:
                 outcome = await self.attempt(probe.worker, probe.model, request, {}, None, progress)
         except TimeoutError:
             pass  # as silent as it was taken to be
+        # A worker that says what is wrong with a request is well; one that is new and slow is not broken.
+        verdict = Verdict.GOOD if outcome.cause in (None, Cause.REJECTED) else Verdict.BAD
+        if verdict is Verdict.BAD and probe.measures and outcome.cause is not Cause.UNREACHABLE:
+            verdict = Verdict.UNKNOWN
         return Ended(
             probe.ticket,
-            Verdict.GOOD if outcome.cause is None else Verdict.BAD,
+            verdict,
             progress.measures(self._clock()),
             unreachable=outcome.cause is Cause.UNREACHABLE,
             hold_seconds=outcome.hold_seconds,

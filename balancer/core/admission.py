@@ -1,9 +1,10 @@
 """The bounded waiting line of the interactive class: who waits, whose turn it is, until when. Pure.
 
 Asks with equal needs can be served by the same workers. Among them each client gets its fair share of the
-tokens served (`fairness.Turns`), and among equals, and among a client's own, the first comes first. Under
-overload that would make everybody wait, and nobody's answer be in time: so when the line has stood for
-long, the last comes first (adaptive LIFO: Maurer, "Fail at Scale", ACM Queue 13(8), 2015).
+tokens served (`fairness.Turns`), and its own asks are served in the order of their arrival. Among clients
+that are equal in this the first comes first; but under overload that would make everybody wait, and nobody's
+answer be in time: so when the line has stood for long, the client that came last comes first (adaptive LIFO:
+Maurer, "Fail at Scale", ACM Queue 13(8), 2015).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class AdmissionPolicy:
     max_waiting: int = 1000
     """Of class interactive. Beyond it an ask is refused at once: a longer line only adds waiting."""
     overload_seconds: float = 5.0
-    """When somebody has waited for so long, the last comes first."""
+    """When somebody has waited for so long, of equal clients the last comes first."""
     max_waiting_batch: int = 10_000
     """Of class batch: all that a client wants done over night may wait here, which lets it be put in a good
     order."""
@@ -96,12 +97,17 @@ class WaitingLine:
         group = self._groups.get(needs)
         if group is None:
             return
+
+        def rank(ask: Ask) -> float:
+            if not last_first:
+                return ask.arrived
+            return float("-inf") if ask.admitted else -ask.arrived  # a retry has waited its time
+
         heap = []
-        sign = -1 if last_first else 1
         for number, (client, own) in enumerate(group.by_client.items()):
-            waiting = iter(reversed(own.items()) if last_first else own.items())
+            waiting = iter(own.items())
             ticket, ask = next(waiting)
-            heap.append((self.turns.counter(client), sign * ask.arrived, number, ticket, ask, waiting))
+            heap.append((self.turns.counter(client), rank(ask), number, ticket, ask, waiting))
         heapify(heap)
         while heap:
             counter, _, number, ticket, ask, waiting = heap[0]
@@ -110,7 +116,7 @@ class WaitingLine:
             if following is None:
                 heappop(heap)
             else:
-                entry = (counter + cost(ask), sign * following[1].arrived, number, *following, waiting)
+                entry = (counter + cost(ask), rank(following[1]), number, *following, waiting)
                 heapreplace(heap, entry)
 
     def has(self, needs: Needs) -> bool:

@@ -66,7 +66,7 @@ RIVALS = 3
 """With so many of the best it is found out cheaply that an ask will prefer to wait."""
 EXPLORED_WITH_TOKENS = 2000.0
 """A worker of which little is known is tried with prompts no longer than this."""
-CALIBRATION_PROMPT_TOKENS, CALIBRATION_OUTPUT_TOKENS = 512, 16
+CALIBRATION_PROMPT_TOKENS, CALIBRATION_OUTPUT_TOKENS = 320, 12
 """A second's work for a small machine (ROUTING 2, "Prior")."""
 FLOOR_AFTER_SECONDS = 10.0
 """Batch that has not waited for so long is not starved yet."""
@@ -75,6 +75,9 @@ FLOOR_HALF_LIFE_SECONDS = 60.0
 SILENT_SECONDS, SILENT_UNBEGUN_SECONDS = 5.0, 10.0
 PREFILL_CHUNK_TOKENS = 2048
 """An engine may say nothing on any stream while it reads one chunk of a prompt."""
+
+
+_WRITES = frozenset({Endpoint.CHAT, Endpoint.COMPLETIONS})
 
 
 class Chance(Protocol):
@@ -283,7 +286,7 @@ class Dispatcher:
             self._learn(flight, event.measures, now)
             member.answered()
         elif event.verdict is Verdict.BAD:
-            member.failed()
+            member.failed(flight.ask)
         self._take_off(flight, now)
         if event.hold_seconds is not None:
             member.held_until = max(member.held_until, now + event.hold_seconds)
@@ -311,6 +314,8 @@ class Dispatcher:
             return
         output, prompt, cached = measures.output_tokens, measures.prompt_tokens, measures.cached_tokens
         first = flight.first
+        if first is None and measures.first_byte is not None:
+            first = flight.sent + measures.first_byte
         if flight.kind in ("ask", "copy"):
             self._forecast.sizes(ask.needs.model).counted(ask, prompt, output)
             self._forecast.settle(ask, member.worker.id, (prompt or flight.prompt) + (output or 0))
@@ -418,9 +423,10 @@ class Dispatcher:
             return []
         if member.unfit(now) is not None or member.room <= 0:
             return []
-        probe = self._probe(member, now, 1, 1)
-        if probe is None:
+        tried_with = self._tried_with(member)
+        if tried_with is None:
             return []
+        probe = self._probe(member, *tried_with, now, 1, 1)
         member.breaker = member.breaker.sent(probe.ticket, now)
         return [probe]
 
@@ -428,38 +434,60 @@ class Dispatcher:
         """A new machine is measured before anybody waits for it."""
         if not member.calibrates or member.unfit(now) is not None or member.room <= 0:
             return []
-        probe = self._probe(member, now, CALIBRATION_PROMPT_TOKENS, CALIBRATION_OUTPUT_TOKENS, once=True)
-        return [] if probe is None else [probe]
-
-    def _probe(
-        self, member: Member, now: float, prompt: int, output: int, *, once: bool = False
-    ) -> Probe | None:
         for offer in member.offers:
             name = offer.known_as or offer.name
-            endpoint = next((one for one in Endpoint if one in offer.endpoints), None)
-            if endpoint is None or (once and (name in member.calibrated or not offer.loaded)):
-                continue
-            if once:
+            if offer.loaded and name not in member.calibrated and _WRITES & offer.endpoints:
                 member.calibrated.add(name)
-            ticket = Ticket(next(self._own_tickets))
-            ask = Ask(needs=Needs(model=offer.name, endpoint=endpoint), arrived=now, deadline=inf)
-            line = member.line(offer, self._placing.social, self._placing.kappa)
-            flight = Flight(
-                ticket=ticket,
-                ask=ask,
-                member=member,
-                offer=offer,
-                sent=now,
-                prompt=prompt,
-                uncached=prompt,
-                expected=expected_seconds(line, prompt, 0, now, full=False),
-                output=output,
-                kind="probe",
-            )
-            self._flights[ticket] = flight
-            member.sent(flight)
-            return Probe(ticket, member.worker, endpoint, name, prompt_tokens=prompt, output_tokens=output)
+                endpoint = next(one for one in Endpoint if one in _WRITES & offer.endpoints)
+                return [
+                    self._probe(
+                        member, offer, endpoint, now, CALIBRATION_PROMPT_TOKENS, CALIBRATION_OUTPUT_TOKENS
+                    )
+                ]
+        return []
+
+    def _tried_with(self, member: Member) -> tuple[ModelOffer, Endpoint] | None:
+        """What a worker is to be tried with: what failed, else something that it need not load first."""
+        for offer in member.offers:
+            if member.failed_at is None or member.failed_at[0] != offer.name:
+                continue
+            if member.failed_at[1] in offer.endpoints:
+                return offer, member.failed_at[1]
+        for offer in sorted(member.offers, key=lambda offer: not offer.loaded):
+            for endpoint in Endpoint:
+                if endpoint in offer.endpoints:
+                    return offer, endpoint
         return None
+
+    def _probe(
+        self, member: Member, offer: ModelOffer, endpoint: Endpoint, now: float, prompt: int, output: int
+    ) -> Probe:
+        ticket = Ticket(next(self._own_tickets))
+        ask = Ask(needs=Needs(model=offer.name, endpoint=endpoint), arrived=now, deadline=inf)
+        line = member.line(offer, self._placing.social, self._placing.kappa)
+        flight = Flight(
+            ticket=ticket,
+            ask=ask,
+            member=member,
+            offer=offer,
+            sent=now,
+            prompt=prompt,
+            uncached=prompt,
+            expected=expected_seconds(line, prompt, 0, now, full=False),
+            output=output,
+            kind="probe",
+        )
+        self._flights[ticket] = flight
+        member.sent(flight)
+        return Probe(
+            ticket,
+            member.worker,
+            endpoint,
+            offer.known_as or offer.name,
+            prompt_tokens=prompt,
+            output_tokens=output,
+            measures=prompt > 1,
+        )
 
     # Placing
 

@@ -159,7 +159,7 @@ UNKNOWN_PRIOR = (400.0, 0.04)
 
 def prior(engine: str, hardware: str) -> Speeds:
     """What to expect of a worker that has answered nothing yet."""
-    hardware = hardware.lower()
+    engine, hardware = engine.lower(), hardware.lower()
     for its_engine, word, prefill, seconds in PRIORS:
         if its_engine == engine and word in hardware:
             return Speeds.prior(prefill, seconds)

@@ -162,6 +162,8 @@ class Member:
     """When it was given a request of class interactive."""
     last_change: float = -inf
     """Of what runs on it."""
+    failed_at: tuple[ModelName, Endpoint] | None = None
+    """What was asked of it when it failed last."""
     calibrated: set[ModelName] = field(default_factory=set)
     changes: int = 0
     """How often something has changed on it."""
@@ -380,8 +382,9 @@ class Member:
         """Tokens of its prefix that do not count for it."""
         return flight.prefix if self.shares_prefixes and flight.paper in self.papers_in_use else 0.0
 
-    def failed(self) -> None:
-        """An attempt said that something is wrong with it."""
+    def failed(self, ask: Ask) -> None:
+        """An attempt at that said that something is wrong with it."""
+        self.failed_at = ask.needs.model, ask.needs.endpoint
         self.reliability = max(self.reliability * (1 - RELIABILITY_STEP), LEAST_RELIABILITY)
 
     def answered(self) -> None:

@@ -337,6 +337,8 @@ class Probe:
     prompt_tokens: int = 1
     """About so long a prompt, of a text that it cannot have in a cache."""
     output_tokens: int = 1
+    measures: bool = False
+    """It is to find out how fast the worker is, not whether it is well."""
 
 
 class Refusal(Enum):
