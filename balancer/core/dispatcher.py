@@ -72,9 +72,9 @@ FLOOR_AFTER_SECONDS = 10.0
 """Batch that has not waited for so long is not starved yet."""
 FLOOR_HALF_LIFE_SECONDS = 60.0
 """How fast it is forgotten which class was given how much."""
-SILENT_SECONDS, SILENT_UNBEGUN_SECONDS = 5.0, 10.0
+SILENT_SECONDS, SILENT_UNBEGUN_SECONDS = 5.0, 8.0
 PREFILL_CHUNK_TOKENS = 2048
-"""An engine may say nothing on any stream while it reads one chunk of a prompt."""
+"""An engine says nothing on any stream while it reads one chunk of a prompt."""
 
 
 _WRITES = frozenset({Endpoint.CHAT, Endpoint.COMPLETIONS})
@@ -319,6 +319,8 @@ class Dispatcher:
         if flight.kind in ("ask", "copy"):
             self._forecast.sizes(ask.needs.model).counted(ask, prompt, output)
             self._forecast.settle(ask, member.worker.id, (prompt or flight.prompt) + (output or 0))
+        if flight.kind != "probe" and prompt and cached is not None:
+            member.remembered_so_much(flight.offer, flight.prompt - flight.uncached, cached)
         if flight.kind != "probe":
             self._forecast.remember(flight, tokens=flight.prompt if flight.kind == "warm" else None)
         if first is not None and prompt and cached is not None:
@@ -398,7 +400,8 @@ class Dispatcher:
             return []
         first = next(iter(member.running.values()))
         speeds = member.speeds_of(first.offer)
-        chunk = PREFILL_CHUNK_TOKENS / speeds.prefill_tokens_per_second
+        longest = max((one.uncached for one in member.pending.values()), default=0.0)
+        chunk = min(longest, PREFILL_CHUNK_TOKENS) / speeds.prefill_tokens_per_second
         quiet = now - max(member.last_byte, first.sent)
         if len(member.pending) < len(member.running):
             stuck = quiet > SILENT_SECONDS + 3 * chunk

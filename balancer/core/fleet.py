@@ -40,6 +40,10 @@ GUESSED_SECONDS = 5.0
 """How long an answer is taken to last while none has been measured."""
 REMEMBERED_TOKENS = 64_000
 """How much of earlier prompts a worker is taken to remember while it does not say."""
+CACHE_SAMPLE_TOKENS = 1024
+CACHE_FORGETS, CACHE_HOLDS, LEAST_CACHE_SHARE = 0.8, 1.02, 0.02
+"""An engine that has forgotten what it was taken to hold is trusted with a fifth less, and with each prompt
+that it still held with a little more again."""
 ANSWER_ROOM_TOKENS = 300
 """Memory for an answer, when it is checked whether a request fits beside the others."""
 MEMORY_SHARE = 0.95
@@ -148,6 +152,8 @@ class Member:
     speeds: dict[ModelName, Speeds] = field(default_factory=dict)
     """By what the worker calls the model."""
     remembers: dict[ModelName, Remembered] = field(default_factory=dict)
+    cache_share: dict[ModelName, float] = field(default_factory=dict)
+    """Of what it is taken to remember, what proved true; 1 where nothing spoke against it."""
     memory_held: float = 0.0
     """Tokens that its requests hold in its memory, a prefix that several share counted once."""
     papers_in_use: dict[int, int] = field(default_factory=dict)
@@ -214,9 +220,18 @@ class Member:
 
     def cache_tokens(self, offer: ModelOffer) -> float:
         """Of earlier prompts, what it can remember beside what runs."""
+        share = self.cache_share.get(offer.known_as or offer.name, 1.0)
         if offer.memory_tokens is not None:
-            return max(offer.memory_tokens - ANSWER_ROOM_TOKENS * len(self.running), 0)
-        return float(REMEMBERED_TOKENS if offer.cache_tokens is None else offer.cache_tokens)
+            return share * max(offer.memory_tokens - ANSWER_ROOM_TOKENS * len(self.running), 0)
+        return share * (REMEMBERED_TOKENS if offer.cache_tokens is None else offer.cache_tokens)
+
+    def remembered_so_much(self, offer: ModelOffer, expected: float, found: float) -> None:
+        """Of a prompt its engine had so many tokens in its cache, where so many were expected."""
+        if expected < CACHE_SAMPLE_TOKENS:
+            return
+        name = offer.known_as or offer.name
+        step = CACHE_FORGETS if found < 0.5 * expected else CACHE_HOLDS
+        self.cache_share[name] = min(max(self.cache_share.get(name, 1.0) * step, LEAST_CACHE_SHARE), 1.0)
 
     @property
     def calibrates(self) -> bool:
