@@ -181,7 +181,7 @@ class Leases:
         self._tickets = count(1)
         self._waiting: dict[Ticket, asyncio.Future[Lease | Refuse]] = {}
         self._held: dict[Ticket, Lease] = {}
-        self._probes: set[asyncio.Future[Ended]] = set()
+        self._probes: dict[Ticket, asyncio.Future[Ended]] = {}
         self._closing = False
 
     async def __aenter__(self) -> Self:
@@ -191,9 +191,9 @@ class Leases:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._closing = True
-        for task in self._probes:
+        for task in self._probes.values():
             task.cancel()
-        await asyncio.gather(*self._probes, return_exceptions=True)
+        await asyncio.gather(*self._probes.values(), return_exceptions=True)
 
     def tell(self, event: Event) -> None:
         """Something happened in the room; whatever follows is done before this returns."""
@@ -213,7 +213,9 @@ class Leases:
             case Refuse(ticket=ticket):
                 self._answer(ticket, command)
             case Abandon(ticket, reason):
-                if (lease := self._held.get(ticket)) is not None:
+                if (probe := self._probes.get(ticket)) is not None:
+                    probe.cancel()
+                elif (lease := self._held.get(ticket)) is not None:
                     # Else the dispatcher itself has found that nothing comes.
                     told = isinstance(because_of, Lost | Gone)
                     lease.stop(Stop.LOST if told else Stop.SILENT, reason)
@@ -272,14 +274,17 @@ class Leases:
 
     def _start(self, probe: Probe) -> None:
         task = asyncio.ensure_future(self._probe(probe))
-        self._probes.add(task)
+        self._probes[probe.ticket] = task
         # Not in the task itself: one that is cancelled before it begins runs no line.
         task.add_done_callback(partial(self._probed, probe))
 
     def _probed(self, probe: Probe, task: asyncio.Future[Ended]) -> None:
-        self._probes.discard(task)
+        del self._probes[probe.ticket]
         if task.cancelled():
-            self.tell(Ended(probe.ticket))
+            # What was to be measured may be left; what should show that a worker is well has not.
+            self.tell(
+                Ended(probe.ticket, Verdict.UNKNOWN if probe.measures or self._closing else Verdict.BAD)
+            )
         elif (defect := task.exception()) is not None:
             log.error("a defect of the balancer, in probing %s", probe.worker.id, exc_info=defect)
             self.tell(Ended(probe.ticket, Verdict.BAD))  # lest it is probed again at once, and so for ever

@@ -18,6 +18,7 @@ from typing import Protocol
 from balancer.core.admission import AdmissionPolicy, WaitingLine
 from balancer.core.batches import Assignment, BatchLine, BatchPolicy, Group, Planner, Service
 from balancer.core.breaker import BreakerPolicy, Phase
+from balancer.core.estimates import PREFILL_SAMPLE_TOKENS
 from balancer.core.fleet import GUESSED_SECONDS, Fleet, Flight, Line, Member
 from balancer.core.forecast import Forecast
 from balancer.core.model import (
@@ -66,8 +67,11 @@ RIVALS = 3
 """With so many of the best it is found out cheaply that an ask will prefer to wait."""
 EXPLORED_WITH_TOKENS = 2000.0
 """A worker of which little is known is tried with prompts no longer than this."""
-CALIBRATION_PROMPT_TOKENS, CALIBRATION_OUTPUT_TOKENS = 320, 12
-"""A second's work for a small machine (ROUTING 2, "Prior")."""
+CALIBRATION_SECONDS = 1.0
+CALIBRATION_PROMPT_TOKENS = (64, 512)
+CALIBRATION_OUTPUT_TOKENS = 12
+"""A prompt that takes about a second, as far as the prior is right, within these bounds (ROUTING 2, "Prior");
+the first user may have to wait for it."""
 FLOOR_AFTER_SECONDS = 10.0
 """Batch that has not waited for so long is not starved yet."""
 FLOOR_HALF_LIFE_SECONDS = 60.0
@@ -164,6 +168,8 @@ class Dispatcher:
         """Tokens, decayed since `_given_at`."""
         self._given_at = started
         self._batch_waits_since: float | None = None
+        self._in_the_way: list[Ticket] = []
+        """Measurements that somebody's request would have to wait for."""
         self._shortlists: dict[Service, tuple[float, int, tuple[Member, ...]]] = {}
         """When they were made, at which version of the fleet, and who is on them."""
         self._waits: dict[Service, tuple[float, float]] = {}
@@ -171,6 +177,13 @@ class Dispatcher:
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """What follows from an event, to be performed in order. `now`: seconds, never less than before."""
+        commands = self._handle(event, now)
+        if self._in_the_way:
+            commands += [Abandon(ticket, "somebody waits") for ticket in self._in_the_way]
+            self._in_the_way.clear()
+        return commands
+
+    def _handle(self, event: Event, now: float) -> list[Command]:
         match event:
             case Began(ticket):
                 return self._began(ticket, now)
@@ -261,7 +274,8 @@ class Dispatcher:
         if flight.uncached > 0.75 * flight.prompt:  # else an engine that has forgotten would look slow
             speeds = member.speeds_of(flight.offer)
             before = speeds.prefill_tokens_per_second
-            speeds.read(flight.uncached, seconds)
+            least = CALIBRATION_PROMPT_TOKENS[0] if flight.kind == "probe" else PREFILL_SAMPLE_TOKENS
+            speeds.read(flight.uncached, seconds, least)
             flight.taught = speeds.prefill_tokens_per_second / before
         if member.shares_prefixes and flight.kind != "probe":
             self._forecast.remember(flight)
@@ -325,7 +339,8 @@ class Dispatcher:
             self._forecast.remember(flight, tokens=flight.prompt if flight.kind == "warm" else None)
         if first is not None and prompt and cached is not None:
             if flight.taught is None:
-                speeds.read(prompt - cached, first - flight.sent)
+                least = CALIBRATION_PROMPT_TOKENS[0] if flight.kind == "probe" else PREFILL_SAMPLE_TOKENS
+                speeds.read(prompt - cached, first - flight.sent, least)
             elif prompt - cached < 0.75 * flight.uncached:
                 speeds.prefill_tokens_per_second /= flight.taught  # it remembered more than was known
         if first is not None and output and output > 8:
@@ -442,11 +457,10 @@ class Dispatcher:
             if offer.loaded and name not in member.calibrated and _WRITES & offer.endpoints:
                 member.calibrated.add(name)
                 endpoint = next(one for one in Endpoint if one in _WRITES & offer.endpoints)
-                return [
-                    self._probe(
-                        member, offer, endpoint, now, CALIBRATION_PROMPT_TOKENS, CALIBRATION_OUTPUT_TOKENS
-                    )
-                ]
+                least, most = CALIBRATION_PROMPT_TOKENS
+                tokens = CALIBRATION_SECONDS * member.speeds_of(offer).prefill_tokens_per_second
+                prompt = int(min(max(tokens, least), most))
+                return [self._probe(member, offer, endpoint, now, prompt, CALIBRATION_OUTPUT_TOKENS)]
         return []
 
     def _tried_with(self, member: Member) -> tuple[ModelOffer, Endpoint] | None:
@@ -797,6 +811,9 @@ class Dispatcher:
         if of is not None:
             self._copies[of] = ticket
         member.breaker = member.breaker.sent(ticket, now)
+        self._in_the_way += [
+            one.ticket for one in member.running.values() if one.kind == "probe" and one.prompt > 1
+        ]
         member.sent(flight)
         if kind != "warm":
             self._forecast.settle(ask, member.worker.id, prompt)

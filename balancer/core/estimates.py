@@ -113,9 +113,10 @@ class Speeds:
             pace.learn(8, 2.5 * seconds_per_token, 0.5, 1.0)
         return speeds
 
-    def read(self, tokens: float, seconds: float) -> None:
-        """So many tokens of a prompt, none of them cached, were read in that time."""
-        if tokens < PREFILL_SAMPLE_TOKENS:
+    def read(self, tokens: float, seconds: float, least: float = PREFILL_SAMPLE_TOKENS) -> None:
+        """So many tokens of a prompt, none of them cached, were read in that time. Fewer than `least` teach
+        nothing."""
+        if tokens < least:
             return
         ratio = tokens / max(seconds, 1e-3) / self.prefill_tokens_per_second
         self.prefill_samples += 1

@@ -212,7 +212,11 @@ class Room:
                 case Refuse(ticket=ticket, retry_after=seconds):
                     self._refused(ticket, seconds)
                 case Abandon(ticket):
-                    if (attempt := self._attempts.get(ticket)) is not None:
+                    if (attempt := self._attempts.get(ticket)) is None:
+                        continue
+                    if attempt.call is None and attempt.work.prompt > 1:
+                        self._give_back(ticket, Ended(ticket))  # a measurement that was in the way
+                    else:
                         self.failed(attempt, Cause.LOST)
                 case Probe(ticket, worker):
                     # A text of its own, so that nothing of it is cached.
