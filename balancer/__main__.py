@@ -212,6 +212,8 @@ def why(
             f"of which {told['queue_seconds']:.3f} s in line"
         )
     )
+    if told["warm_ups"]:
+        console.print(f"{told['warm_ups']} slices of its prompt were read ahead")
     for number, attempt in enumerate(told["attempts"], 1):
         detail = f" ({attempt['detail']})" if attempt["detail"] else ""
         console.print(

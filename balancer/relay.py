@@ -166,7 +166,7 @@ class Relay:
             pass  # as silent as it was taken to be
         # A worker that says what is wrong with a request is well; one that is new and slow is not broken.
         verdict = Verdict.GOOD if outcome.cause in (None, Cause.REJECTED) else Verdict.BAD
-        if verdict is Verdict.BAD and probe.measures and outcome.cause is not Cause.UNREACHABLE:
+        if probe.measures and outcome.cause not in (None, Cause.UNREACHABLE):
             verdict = Verdict.UNKNOWN
         return Ended(
             probe.ticket,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from heapq import heappop, heappush, nsmallest
+from heapq import heapify, heappop, heappush, nsmallest
 from itertools import count
 
 from balancer.core.fairness import Turns
@@ -225,8 +225,8 @@ class BatchLine:
         self._services[service].horizon = horizon
 
     def tidy(self, now: float) -> None:
-        """Forget groups that have been quiet for long."""
-        for line in self._services.values():
+        """Forget groups that have been quiet for long, and models that nothing is left of."""
+        for service, line in list(self._services.items()):
             over = [
                 group
                 for group in line.groups.values()
@@ -237,6 +237,10 @@ class BatchLine:
                 _unregister(line, group, group.blocks)
                 for worker_id in group.homes:
                     self._at_home.get(worker_id, {}).pop(group.number, None)
+            if over:
+                _drop_stale(line)
+            if not line.groups:
+                del self._services[service]
 
     def _new_group(self, line: _ServiceLine, service: Service, ask: Ask) -> Group:
         group = Group(next(self._numbers), service, ask.client, ask.prompt.blocks)
@@ -263,6 +267,17 @@ def _fitting(line: _ServiceLine, ask: Ask) -> Group | None:
                 group.blocks = group.blocks[:depth]
             return group
     return None
+
+
+def _drop_stale(line: _ServiceLine) -> None:
+    """Groups that were begun, or whose prompts were taken back, have nothing to do among the fresh."""
+    for client, heap in list(line.fresh.items()):
+        kept = [entry for entry in heap if entry[2].is_fresh]
+        heapify(kept)
+        if kept:
+            line.fresh[client] = kept
+        else:
+            del line.fresh[client]
 
 
 def _unregister(line: _ServiceLine, group: Group, blocks: Sequence[int]) -> None:

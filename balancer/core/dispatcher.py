@@ -18,7 +18,6 @@ from typing import Protocol
 from balancer.core.admission import AdmissionPolicy, WaitingLine
 from balancer.core.batches import Assignment, BatchLine, BatchPolicy, Group, Planner, Service
 from balancer.core.breaker import BreakerPolicy, Phase
-from balancer.core.estimates import PREFILL_SAMPLE_TOKENS
 from balancer.core.fleet import GUESSED_SECONDS, Fleet, Flight, Line, Member
 from balancer.core.forecast import Forecast
 from balancer.core.model import (
@@ -168,6 +167,8 @@ class Dispatcher:
         """Tokens, decayed since `_given_at`."""
         self._given_at = started
         self._batch_waits_since: float | None = None
+        self._next_place = -inf
+        """When there will be a place in line for the next one that is turned away."""
         self._in_the_way: list[Ticket] = []
         """Measurements that somebody's request would have to wait for."""
         self._shortlists: dict[Service, tuple[float, int, tuple[Member, ...]]] = {}
@@ -274,13 +275,17 @@ class Dispatcher:
         if flight.uncached > 0.75 * flight.prompt:  # else an engine that has forgotten would look slow
             speeds = member.speeds_of(flight.offer)
             before = speeds.prefill_tokens_per_second
-            least = CALIBRATION_PROMPT_TOKENS[0] if flight.kind == "probe" else PREFILL_SAMPLE_TOKENS
-            speeds.read(flight.uncached, seconds, least)
+            speeds.read(flight.uncached, seconds)
             flight.taught = speeds.prefill_tokens_per_second / before
+        speeds = member.speeds_of(flight.offer)
+        own = flight.uncached / speeds.prefill_tokens_per_second + speeds.answering.at(member.load)
+        speeds.began(now - flight.sent, own)
         if member.shares_prefixes and flight.kind != "probe":
             self._forecast.remember(flight)
         if member.condition is not None and member.condition.slots is None:
-            member.limit.began(seconds=seconds, expected=flight.expected, running=len(member.running))
+            overhead = member.speeds_of(flight.offer).overhead_seconds or 0.0
+            expected = flight.expected + overhead
+            member.limit.began(seconds=now - flight.sent, expected=expected, running=len(member.running))
             member.changed()
         return self._place([member], now)
 
@@ -301,6 +306,9 @@ class Dispatcher:
             member.answered()
         elif event.verdict is Verdict.BAD:
             member.failed(flight.ask)
+        if event.verdict is not Verdict.GOOD:
+            done = (flight.uncached if flight.first is not None else 0.0) + flight.tokens
+            self._note_given(flight.ask, min(done - flight.given, 0.0), now)
         self._take_off(flight, now)
         if event.hold_seconds is not None:
             member.held_until = max(member.held_until, now + event.hold_seconds)
@@ -339,8 +347,7 @@ class Dispatcher:
             self._forecast.remember(flight, tokens=flight.prompt if flight.kind == "warm" else None)
         if first is not None and prompt and cached is not None:
             if flight.taught is None:
-                least = CALIBRATION_PROMPT_TOKENS[0] if flight.kind == "probe" else PREFILL_SAMPLE_TOKENS
-                speeds.read(prompt - cached, first - flight.sent, least)
+                speeds.read(prompt - cached, first - flight.sent)
             elif prompt - cached < 0.75 * flight.uncached:
                 speeds.prefill_tokens_per_second /= flight.taught  # it remembered more than was known
         if first is not None and output and output > 8:
@@ -389,6 +396,7 @@ class Dispatcher:
         for ticket, tokens in received.items():
             self._grew(ticket, tokens, now)
         self._batch.tidy(now)
+        self._forget_stale(now)
         commands: list[Command] = []
         for member in list(self._fleet):
             commands += self._silent(member, now)
@@ -422,7 +430,8 @@ class Dispatcher:
             stuck = quiet > SILENT_SECONDS + 3 * chunk
         else:
             known = speeds.answers > 0  # of its speed nothing is known before: only the whole time limits it
-            late = now - first.sent > SILENT_UNBEGUN_SECONDS + 3 * first.expected
+            expected = first.expected + (speeds.overhead_seconds or 0.0)
+            late = now - first.sent > SILENT_UNBEGUN_SECONDS + 3 * expected
             stuck = known and late and quiet > SILENT_UNBEGUN_SECONDS + 3 * chunk
         if not stuck:
             return []
@@ -432,6 +441,13 @@ class Dispatcher:
         self._fleet.forget_able()
         self._batch.evict(member.worker.id)
         return [Abandon(ticket, f"nothing came for {quiet:.0f} s") for ticket in sorted(member.running)]
+
+    def _forget_stale(self, now: float) -> None:
+        """Of models that nobody asks for any more."""
+        for service in [one for one, (at, _) in self._waits.items() if now - at > WAIT_SECONDS]:
+            del self._waits[service]
+        for service in [one for one in self._shortlists if not self._fleet.knows(one[0])]:
+            del self._shortlists[service]
 
     # Requests of our own
 
@@ -459,6 +475,8 @@ class Dispatcher:
                 endpoint = next(one for one in Endpoint if one in _WRITES & offer.endpoints)
                 least, most = CALIBRATION_PROMPT_TOKENS
                 tokens = CALIBRATION_SECONDS * member.speeds_of(offer).prefill_tokens_per_second
+                if offer.context_tokens is not None:
+                    most = min(most, offer.context_tokens // 4)
                 prompt = int(min(max(tokens, least), most))
                 return [self._probe(member, offer, endpoint, now, prompt, CALIBRATION_OUTPUT_TOKENS)]
         return []
@@ -817,7 +835,8 @@ class Dispatcher:
         member.sent(flight)
         if kind != "warm":
             self._forecast.settle(ask, member.worker.id, prompt)
-        self._note_given(ask, flight.uncached + flight.output, now)
+        flight.given = flight.uncached + flight.output
+        self._note_given(ask, flight.given, now)
         return Grant(
             ticket,
             member.worker,
@@ -940,7 +959,7 @@ class Dispatcher:
         for each in self._given:
             self._given[each] *= faded
         self._given_at = now
-        self._given[ask.service_class] += tokens
+        self._given[ask.service_class] = max(self._given[ask.service_class] + tokens, 0.0)
 
     def _batch_is_starved(self, now: float) -> bool:
         if not len(self._batch):
@@ -1020,18 +1039,25 @@ class Dispatcher:
 
     def _retry_after(self, ask: Ask, refusal: Refusal, now: float) -> float:
         """When the present line will have been worked off, at the room's measured pace; of who would have
-        waited too long, when the line will be short enough."""
+        waited too long, when the line will be short enough. Those who are turned away one after the other
+        are told to come one after the other."""
         is_batch = ask.service_class is ServiceClass.BATCH
         waiting = len(self._batch) + len(self._plain_batch) if is_batch else len(self._line)
-        wait = self._wait(waiting + 1, list(self._fleet), now)
-        if wait is None:
-            wait = GUESSED_SECONDS
+        each = self._wait(1, list(self._fleet), now)
+        if each is None:
+            return min(max(GUESSED_SECONDS, LEAST_RETRY_AFTER), LONGEST_RETRY_AFTER)
+        wait = each * (waiting + 1)
         if refusal is Refusal.WOULD_WAIT_TOO_LONG:
             wait = self._expected_wait(ask, now) - (ask.deadline - now)
+        if refusal in (Refusal.WOULD_WAIT_TOO_LONG, Refusal.QUEUE_FULL):
+            self._next_place = max(self._next_place + each, now + wait)
+            wait = self._next_place - now
         return min(max(wait, LEAST_RETRY_AFTER), LONGEST_RETRY_AFTER)
 
     def _expected_wait(self, ask: Ask, now: float) -> float:
         """Seconds until it would be this ask's turn; 0 while too little is known to say."""
+        if not self._fleet.knows(ask.needs.model):
+            return 0.0
         service = ask.needs.model, ask.needs.endpoint
         at, each = self._waits.get(service, (-inf, 0.0))
         if now - at > WAIT_SECONDS:

@@ -57,8 +57,11 @@ class Window:
 
 # How fast a worker reads and writes with one model.
 
-PREFILL_SAMPLE_TOKENS = 256
-"""A shorter prompt says little of the reading speed: the fixed costs of a request hide it."""
+OVERHEAD_GROWTH, OVERHEAD_STEP = 1.01, 0.001
+"""With each first token; so that a service that has become slower is believed in the end."""
+PREFILL_SAMPLE_TOKENS, PREFILL_SAMPLE_SECONDS, LEAST_SAMPLE_TOKENS = 256, 0.25, 64
+"""A shorter prompt says little of the reading speed, since the fixed costs of a request hide it; unless it
+took so long, and had so many tokens, at the least."""
 NEW_AFTER_ANSWERS = 3
 """A worker with fewer answers to its name is new: what is known of it is a prior."""
 
@@ -98,6 +101,9 @@ class Speeds:
     """While nobody's prompt is read."""
     answering: TokenPace
     """From the first token of answers to their last, with whatever came between."""
+    overhead_seconds: float | None = None
+    """Of a first token, what neither prompts nor load explain: a proxy, a distant service, thinking. The
+    least seen, slowly forgotten; None: nothing was seen."""
     prefill_samples: int = 0
     answers: int = 0
     """Good ones, however short."""
@@ -113,10 +119,20 @@ class Speeds:
             pace.learn(8, 2.5 * seconds_per_token, 0.5, 1.0)
         return speeds
 
-    def read(self, tokens: float, seconds: float, least: float = PREFILL_SAMPLE_TOKENS) -> None:
-        """So many tokens of a prompt, none of them cached, were read in that time. Fewer than `least` teach
-        nothing."""
-        if tokens < least:
+    def began(self, seconds: float, explained: float) -> None:
+        """A first token came after so many seconds, of which so many were expected."""
+        unexplained = max(seconds - explained, 0.0)
+        known = self.overhead_seconds
+        self.overhead_seconds = (
+            unexplained if known is None else min(unexplained, OVERHEAD_GROWTH * known + OVERHEAD_STEP)
+        )
+
+    def read(self, tokens: float, seconds: float) -> None:
+        """So many tokens of a prompt, none of them cached, were read in that time."""
+        seconds -= self.overhead_seconds or 0.0
+        if tokens < PREFILL_SAMPLE_TOKENS and (
+            tokens < LEAST_SAMPLE_TOKENS or seconds < PREFILL_SAMPLE_SECONDS
+        ):
             return
         ratio = tokens / max(seconds, 1e-3) / self.prefill_tokens_per_second
         self.prefill_samples += 1

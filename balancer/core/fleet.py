@@ -92,6 +92,8 @@ class Flight:
     """`Member.read_for` at that moment."""
     taught: float | None = None
     """By which factor its first token has changed what is known of the reading speed."""
+    given: float = 0.0
+    """Tokens of work that its class was charged for it."""
     tokens: int = 0
     """That have come until `grew`."""
     grew: float = 0.0
@@ -317,7 +319,7 @@ class Member:
             free_at = self.last_change + (self.window.average_seconds or GUESSED_SECONDS)
         loading = 0.0 if offer.loaded else offer.load_seconds
         return Line(
-            fixed=token + loading,
+            fixed=token + loading + (speeds.overhead_seconds or 0.0),
             per_uncached=per_token * (1 + disturbed),
             per_output=kappa * token + disturbed * slower,
             backlog_ends=backlog_ends,
@@ -425,6 +427,9 @@ class Able:
     """When time alone may change this."""
     tripped: bool
     """Every breaker is open: better a doubtful worker than none (RELIABILITY D6, fail open)."""
+
+
+_NOBODY = Able((), {}, inf, tripped=False)
 
 
 class Fleet:
@@ -579,6 +584,8 @@ class Fleet:
 
     def able(self, model: ModelName, endpoint: Endpoint, now: float) -> Able:
         """Who serves this and is well. Found once, and kept until something or the time changes it."""
+        if model not in self._by_model:
+            return _NOBODY
         able = self._able.get((model, endpoint))
         if able is None or now >= able.until:
             able = self._able[model, endpoint] = self._find_able(model, endpoint, now)

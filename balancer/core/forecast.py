@@ -16,6 +16,8 @@ from balancer.core.fleet import Flight, Member
 from balancer.core.model import Ask, ModelName, ModelOffer, WorkerId
 
 MAX_CONVERSATIONS = 10_000
+MAX_MODELS = 1000
+"""Whose token counts are kept; clients can ask for models under any name."""
 
 
 class Home(NamedTuple):
@@ -34,6 +36,8 @@ class Forecast:
         sizes = self._sizes.get(model)
         if sizes is None:
             sizes = self._sizes[model] = Sizes()
+            if len(self._sizes) > MAX_MODELS:
+                del self._sizes[next(iter(self._sizes))]
         return sizes
 
     def home(self, ask: Ask) -> Home | None:

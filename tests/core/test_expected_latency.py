@@ -372,10 +372,25 @@ def test_without_a_word_on_slots_a_worker_gets_less_when_its_answers_are_late():
     room.add("a", condition(slots=None))
     for number in range(1, 5):
         room.ask(number, tokens=100)
+    room.begin(1)
     room.now += 100
-    for number in range(1, 5):
+    for number in range(2, 5):
         room.begin(number)
     assert room.view("a").slots == 3
+
+
+def test_a_worker_whose_first_token_always_takes_its_time_is_not_late():
+    """A distant service, or one that thinks first: what has nothing to do with load says nothing of it."""
+    room = Room()
+    room.add("a", condition(slots=None), cap=8)
+    for number in range(1, 100):
+        room.ask(number, tokens=100)
+        if number >= 8:
+            room.now += 2
+            for begun in range(number - 7, number + 1):
+                room.begin(begun)
+            room.end(number - 7, seconds=2.0, prompt=100, output=50)
+    assert room.view("a").slots == 8
 
 
 def test_a_cap_that_is_raised_or_lowered_counts_at_once():
