@@ -24,7 +24,8 @@ class AdmissionPolicy:
     max_waiting: int = 1000
     """Of class interactive. Beyond it an ask is refused at once: a longer line only adds waiting."""
     overload_seconds: float = 5.0
-    """When somebody has waited for so long, of equal clients the last comes first."""
+    """When somebody has waited for so long, and so would who comes now, of equal clients the last comes
+    first."""
     max_waiting_batch: int = 10_000
     """Of class batch: all that a client wants done over night may wait here, which lets it be put in a good
     order."""

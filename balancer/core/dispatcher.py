@@ -174,7 +174,7 @@ class Dispatcher:
         self._shortlists: dict[Service, tuple[float, int, tuple[Member, ...]]] = {}
         """When they were made, at which version of the fleet, and who is on them."""
         self._waits: dict[Service, tuple[float, float]] = {}
-        """When it was measured, and the seconds that each one in line adds to the wait of those behind."""
+        """When it was measured, and what `_seconds_each` was."""
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """What follows from an event, to be performed in order. `now`: seconds, never less than before."""
@@ -275,7 +275,7 @@ class Dispatcher:
         if flight.uncached > 0.75 * flight.prompt:  # else an engine that has forgotten would look slow
             speeds = member.speeds_of(flight.offer)
             before = speeds.prefill_tokens_per_second
-            speeds.read(flight.uncached, seconds)
+            speeds.read(flight.uncached, seconds, alone=member.load == 1)
             flight.taught = speeds.prefill_tokens_per_second / before
         speeds = member.speeds_of(flight.offer)
         own = flight.uncached / speeds.prefill_tokens_per_second + speeds.answering.at(member.load)
@@ -347,7 +347,7 @@ class Dispatcher:
             self._forecast.remember(flight, tokens=flight.prompt if flight.kind == "warm" else None)
         if first is not None and prompt and cached is not None:
             if flight.taught is None:
-                speeds.read(prompt - cached, first - flight.sent)
+                speeds.read(prompt - cached, first - flight.sent, alone=flight.kind == "probe")
             elif prompt - cached < 0.75 * flight.uncached:
                 speeds.prefill_tokens_per_second /= flight.taught  # it remembered more than was known
         if first is not None and output and output > 8:
@@ -975,7 +975,11 @@ class Dispatcher:
     # Waiting and refusing
 
     def _is_overloaded(self, needs: Needs, now: float) -> bool:
-        return self._line.waited(needs, now) > self._policy.admission.overload_seconds
+        """Somebody has waited for long, and at the room's pace so would who comes now."""
+        longest = self._policy.admission.overload_seconds
+        if self._line.waited(needs, now) <= longest:
+            return False
+        return self._seconds_each(needs, now) * self._line.count(needs) > longest
 
     def _leave(self, ticket: Ticket) -> Ask | None:
         return self._line.leave(ticket) or self._batch.leave(ticket) or self._plain_batch.leave(ticket)
@@ -1056,14 +1060,18 @@ class Dispatcher:
 
     def _expected_wait(self, ask: Ask, now: float) -> float:
         """Seconds until it would be this ask's turn; 0 while too little is known to say."""
-        if not self._fleet.knows(ask.needs.model):
+        return self._seconds_each(ask.needs, now) * (self._line.count(ask.needs) + 1)
+
+    def _seconds_each(self, needs: Needs, now: float) -> float:
+        """By which each one in line makes those behind wait longer; 0 while too little is known to say."""
+        if not self._fleet.knows(needs.model):
             return 0.0
-        service = ask.needs.model, ask.needs.endpoint
+        service = needs.model, needs.endpoint
         at, each = self._waits.get(service, (-inf, 0.0))
         if now - at > WAIT_SECONDS:
             each = self._wait(1, self._fleet.able(*service, now).members, now) or 0.0
             self._waits[service] = now, each
-        return each * (self._line.count(ask.needs) + 1)
+        return each
 
     def _wait(self, requests: int, members: Sequence[Member], now: float) -> float | None:
         """In which so many requests will have been taken in, at the pace of these workers."""

@@ -59,9 +59,9 @@ class Window:
 
 OVERHEAD_GROWTH, OVERHEAD_STEP = 1.01, 0.001
 """With each first token; so that a service that has become slower is believed in the end."""
-PREFILL_SAMPLE_TOKENS, PREFILL_SAMPLE_SECONDS, LEAST_SAMPLE_TOKENS = 256, 0.25, 64
+PREFILL_SAMPLE_TOKENS, PREFILL_SAMPLE_SECONDS, LEAST_SAMPLE_TOKENS = 256, 0.1, 64
 """A shorter prompt says little of the reading speed, since the fixed costs of a request hide it; unless it
-took so long, and had so many tokens, at the least."""
+was alone, took so long, and had so many tokens, at the least."""
 NEW_AFTER_ANSWERS = 3
 """A worker with fewer answers to its name is new: what is known of it is a prior."""
 
@@ -127,12 +127,12 @@ class Speeds:
             unexplained if known is None else min(unexplained, OVERHEAD_GROWTH * known + OVERHEAD_STEP)
         )
 
-    def read(self, tokens: float, seconds: float) -> None:
-        """So many tokens of a prompt, none of them cached, were read in that time."""
+    def read(self, tokens: float, seconds: float, *, alone: bool = False) -> None:
+        """So many tokens of a prompt, none of them cached, were read in that time. `alone`: the worker had
+        nothing else to do."""
         seconds -= self.overhead_seconds or 0.0
-        if tokens < PREFILL_SAMPLE_TOKENS and (
-            tokens < LEAST_SAMPLE_TOKENS or seconds < PREFILL_SAMPLE_SECONDS
-        ):
+        telling = alone and tokens >= LEAST_SAMPLE_TOKENS and seconds >= PREFILL_SAMPLE_SECONDS
+        if tokens < PREFILL_SAMPLE_TOKENS and not telling:
             return
         ratio = tokens / max(seconds, 1e-3) / self.prefill_tokens_per_second
         self.prefill_samples += 1

@@ -41,8 +41,8 @@ GUESSED_SECONDS = 5.0
 REMEMBERED_TOKENS = 64_000
 """How much of earlier prompts a worker is taken to remember while it does not say."""
 CACHE_SAMPLE_TOKENS = 1024
-CACHE_FORGETS, CACHE_HOLDS, LEAST_CACHE_SHARE = 0.8, 1.02, 0.02
-"""An engine that has forgotten what it was taken to hold is trusted with a fifth less, and with each prompt
+CACHE_FORGETS, CACHE_HOLDS, LEAST_CACHE_SHARE = 0.95, 1.05, 0.05
+"""An engine that has forgotten what it was taken to hold is trusted with a little less, and with each prompt
 that it still held with a little more again."""
 ANSWER_ROOM_TOKENS = 300
 """Memory for an answer, when it is checked whether a request fits beside the others."""
@@ -232,7 +232,7 @@ class Member:
         if expected < CACHE_SAMPLE_TOKENS:
             return
         name = offer.known_as or offer.name
-        step = CACHE_FORGETS if found < 0.5 * expected else CACHE_HOLDS
+        step = CACHE_FORGETS if found < 0.25 * expected else CACHE_HOLDS
         self.cache_share[name] = min(max(self.cache_share.get(name, 1.0) * step, LEAST_CACHE_SHARE), 1.0)
 
     @property
@@ -331,11 +331,11 @@ class Member:
         )
 
     def backlog(self, offer: ModelOffer, now: float) -> float:
-        """Seconds until it has read all the prompts that it was sent."""
+        """Seconds until it has read all the prompts that it was sent; if it is late, as long again."""
         if not self.pending:
             return 0.0
         line = self.line(offer, 0.0, 0.0) if offer.name not in self._lines else self._lines[offer.name]
-        return max(line.backlog_ends - now, line.backlog_least)
+        return max(abs(line.backlog_ends - now), line.backlog_least)
 
     def changed(self) -> None:
         """What was computed from its state is to be computed anew."""
