@@ -18,7 +18,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from balancer.core.dispatcher import Chance
+from balancer.core.choosing import Chance
 from balancer.core.errors import (
     BadRequest,
     ModelNotFound,

@@ -9,16 +9,17 @@ and every ticket that arrived is granted or refused once, and ends.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from heapq import heapify, heappop, heappush, nsmallest
+from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
 from itertools import count, islice
 from math import inf, log
-from typing import Protocol
 
+from balancer.core import learning
 from balancer.core.admission import AdmissionPolicy, WaitingLine
 from balancer.core.batches import Assignment, BatchLine, BatchPolicy, Group, Planner, Service
 from balancer.core.breaker import BreakerPolicy, Phase
-from balancer.core.fleet import GUESSED_SECONDS, Fleet, Flight, Line, Member
+from balancer.core.choosing import SHORTLIST, Chance, Chooser, Chosen
+from balancer.core.fleet import GUESSED_SECONDS, Fleet, Flight, Member
 from balancer.core.forecast import Forecast
 from balancer.core.model import (
     Abandon,
@@ -35,7 +36,6 @@ from balancer.core.model import (
     Gone,
     Grant,
     Lost,
-    Measures,
     ModelName,
     ModelOffer,
     Needs,
@@ -51,21 +51,13 @@ from balancer.core.model import (
     Worker,
     WorkerId,
 )
-from balancer.core.placement import PlacementPolicy, expected_seconds, pick, rate
-from balancer.core.scorers import Standing
+from balancer.core.placement import PlacementPolicy, expected_seconds
 
 LEAST_RETRY_AFTER, LONGEST_RETRY_AFTER = 1.0, 60.0
 LOOKS = 32
 """So many of a line are looked at when a worker has room that the first of them prefer to wait past."""
-SHORTLIST = 64
-"""In a room of more workers than this, an ask is compared with the best so many of them only."""
-SHORTLIST_SECONDS = 0.05
 WAIT_SECONDS = 0.25
 """For so long the pace of the line is taken to stay."""
-RIVALS = 3
-"""With so many of the best it is found out cheaply that an ask will prefer to wait."""
-EXPLORED_WITH_TOKENS = 2000.0
-"""A worker of which little is known is tried with prompts no longer than this."""
 CALIBRATION_SECONDS = 1.0
 CALIBRATION_PROMPT_TOKENS = (64, 512)
 CALIBRATION_OUTPUT_TOKENS = 12
@@ -76,19 +68,9 @@ FLOOR_AFTER_SECONDS = 10.0
 FLOOR_HALF_LIFE_SECONDS = 60.0
 """How fast it is forgotten which class was given how much."""
 SILENT_SECONDS, SILENT_UNBEGUN_SECONDS = 5.0, 8.0
-PREFILL_CHUNK_TOKENS = 2048
-"""An engine says nothing on any stream while it reads one chunk of a prompt."""
-
-
+"""Beyond three times what was expected: an engine that says nothing for so long is stuck. The second: before
+the first token of any of its answers."""
 _WRITES = frozenset({Endpoint.CHAT, Endpoint.COMPLETIONS})
-
-
-class Chance(Protocol):
-    """A seeded source of chance, such as `random.Random`."""
-
-    def random(self) -> float:
-        """Uniform in [0, 1)."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,19 +116,10 @@ class Snapshot:
     models: Mapping[ModelName, tuple[ModelOffer, ...]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Chosen:
-    member: Member
-    choice: Choice
-    uncached: float
-    expected: float
-
-
 class Dispatcher:
     def __init__(self, policy: DispatchPolicy, chance: Chance, *, started: float) -> None:
         self._policy = policy
         self._placing = policy.placement
-        self._weights = policy.placement.effective_weights()
         self._estimates = policy.placement.policy.estimates
         self._chance = chance
         self._settled_at = started + policy.settle_seconds
@@ -157,6 +130,7 @@ class Dispatcher:
         """Class batch under a policy that does not estimate: papers mean nothing to it."""
         self._batch = BatchLine()
         self._planner = Planner(self._batch, self._fleet, self._forecast, policy.batch)
+        self._chooser = Chooser(self._fleet, self._forecast, self._planner, policy.placement, chance)
         self._flights: dict[Ticket, Flight] = {}
         self._copies: dict[Ticket, Ticket] = {}
         """Of an ask that runs twice: by the first attempt's ticket the second's."""
@@ -171,8 +145,6 @@ class Dispatcher:
         """When there will be a place in line for the next one that is turned away."""
         self._in_the_way: list[Ticket] = []
         """Measurements that somebody's request would have to wait for."""
-        self._shortlists: dict[Service, tuple[float, int, tuple[Member, ...]]] = {}
-        """When they were made, at which version of the fleet, and who is on them."""
         self._waits: dict[Service, tuple[float, float]] = {}
         """When it was measured, and what `_seconds_each` was."""
 
@@ -269,25 +241,8 @@ class Dispatcher:
         flight = self._flights.get(ticket)
         if flight is None or flight.first is not None:
             return []
-        member = flight.member
-        seconds = now - max(flight.sent, member.last_first if len(member.pending) > 1 else flight.sent)
-        member.began(flight, now)
-        if flight.uncached > 0.75 * flight.prompt:  # else an engine that has forgotten would look slow
-            speeds = member.speeds_of(flight.offer)
-            before = speeds.prefill_tokens_per_second
-            speeds.read(flight.uncached, seconds, alone=member.load == 1)
-            flight.taught = speeds.prefill_tokens_per_second / before
-        speeds = member.speeds_of(flight.offer)
-        own = flight.uncached / speeds.prefill_tokens_per_second + speeds.answering.at(member.load)
-        speeds.began(now - flight.sent, own)
-        if member.shares_prefixes and flight.kind != "probe":
-            self._forecast.remember(flight)
-        if member.condition is not None and member.condition.slots is None:
-            overhead = member.speeds_of(flight.offer).overhead_seconds or 0.0
-            expected = flight.expected + overhead
-            member.limit.began(seconds=now - flight.sent, expected=expected, running=len(member.running))
-            member.changed()
-        return self._place([member], now)
+        learning.begun(flight, self._forecast, now)
+        return self._place([flight.member], now)
 
     def _ended(self, event: Ended, now: float) -> Member | None:
         """Whose room has changed; None: the ticket was in a line."""
@@ -302,7 +257,7 @@ class Dispatcher:
         was_closed = member.breaker.phase is Phase.CLOSED
         member.breaker = member.breaker.settled(event.ticket, event.verdict, now)
         if event.verdict is Verdict.GOOD:
-            self._learn(flight, event.measures, now)
+            learning.answered(flight, event.measures, self._forecast, now)
             member.answered()
         elif event.verdict is Verdict.BAD:
             member.failed(flight.ask)
@@ -326,40 +281,6 @@ class Dispatcher:
             seconds = event.measures.seconds if event.measures else 0.0
             member.window.add(now, good=event.verdict is Verdict.GOOD, seconds=seconds)
         return member
-
-    def _learn(self, flight: Flight, measures: Measures | None, now: float) -> None:
-        member, ask = flight.member, flight.ask
-        member.last_byte = now
-        speeds = member.speeds_of(flight.offer)
-        speeds.answers += 1
-        if measures is None:
-            return
-        output, prompt, cached = measures.output_tokens, measures.prompt_tokens, measures.cached_tokens
-        first = flight.first
-        if first is None and measures.first_byte is not None:
-            first = flight.sent + measures.first_byte
-        if flight.kind in ("ask", "copy"):
-            self._forecast.sizes(ask.needs.model).counted(ask, prompt, output)
-            self._forecast.settle(ask, member.worker.id, (prompt or flight.prompt) + (output or 0))
-        if flight.kind != "probe" and prompt and cached is not None:
-            member.remembered_so_much(flight.offer, flight.prompt - flight.uncached, cached)
-        if flight.kind != "probe":
-            self._forecast.remember(flight, tokens=flight.prompt if flight.kind == "warm" else None)
-        if first is not None and prompt and cached is not None:
-            if flight.taught is None:
-                speeds.read(prompt - cached, first - flight.sent, alone=flight.kind == "probe")
-            elif prompt - cached < 0.75 * flight.uncached:
-                speeds.prefill_tokens_per_second /= flight.taught  # it remembered more than was known
-        if first is not None and output and output > 8:
-            streams = (flight.streams + member.load) / 2
-            speeds.answered(streams, (now - first) / (output - 1))
-            # While it reads somebody's prompt in chunks, each step takes a chunk longer: that is the
-            # prompt's time, and few tokens come in it.
-            reading = member.read_for(now) - flight.read_before
-            step = PREFILL_CHUNK_TOKENS / speeds.prefill_tokens_per_second + speeds.writing.at(streams)
-            tokens, seconds = output - 1 - reading / step, now - first - reading
-            if tokens > 8 and seconds > 0.3 * (now - first):
-                speeds.wrote(streams, seconds / tokens, 1.0)
 
     def _take_off(self, flight: Flight, now: float) -> None:
         """Its slot is free again."""
@@ -394,7 +315,8 @@ class Dispatcher:
 
     def _tick(self, received: Mapping[Ticket, int], now: float) -> list[Command]:
         for ticket, tokens in received.items():
-            self._grew(ticket, tokens, now)
+            if (flight := self._flights.get(ticket)) is not None:
+                learning.grown(flight, tokens, now)
         self._batch.tidy(now)
         self._forget_stale(now)
         commands: list[Command] = []
@@ -406,17 +328,6 @@ class Dispatcher:
             commands += self._copy_stragglers(now)
         return commands
 
-    def _grew(self, ticket: Ticket, tokens: int, now: float) -> None:
-        flight = self._flights.get(ticket)
-        if flight is None or flight.first is None or tokens <= flight.tokens:
-            return
-        member, more = flight.member, tokens - flight.tokens
-        member.last_byte = now
-        # Undisturbed by anybody's prompt, and more than what rounding to ticks makes of it.
-        if member.last_first <= flight.grew and not member.pending and more > 2 and flight.tokens:
-            member.speeds_of(flight.offer).wrote(member.load, (now - flight.grew) / more, 0.05)
-        flight.tokens, flight.grew = tokens, now
-
     def _silent(self, member: Member, now: float) -> list[Command]:
         """Whether an engine is stuck: it has requests, and for much too long has said nothing on any."""
         if not member.running or member.lost is not None:
@@ -424,7 +335,7 @@ class Dispatcher:
         first = next(iter(member.running.values()))
         speeds = member.speeds_of(first.offer)
         longest = max((one.uncached for one in member.pending.values()), default=0.0)
-        chunk = min(longest, PREFILL_CHUNK_TOKENS) / speeds.prefill_tokens_per_second
+        chunk = min(longest, learning.PREFILL_CHUNK_TOKENS) / speeds.prefill_tokens_per_second
         quiet = now - max(member.last_byte, first.sent)
         if len(member.pending) < len(member.running):
             stuck = quiet > SILENT_SECONDS + 3 * chunk
@@ -446,8 +357,6 @@ class Dispatcher:
         """Of models that nobody asks for any more."""
         for service in [one for one, (at, _) in self._waits.items() if now - at > WAIT_SECONDS]:
             del self._waits[service]
-        for service in [one for one in self._shortlists if not self._fleet.knows(one[0])]:
-            del self._shortlists[service]
 
     # Requests of our own
 
@@ -531,7 +440,7 @@ class Dispatcher:
         changed; None: anywhere."""
         commands: list[Command] = []
         if members is None:
-            self._shortlists.clear()
+            self._chooser.forget_shortlists()
         changed = list(self._fleet) if members is None else members
         if self._batch_is_starved(now):
             commands += self._place_batch(changed, now, at_least_one=True)
@@ -585,7 +494,7 @@ class Dispatcher:
         for ticket, ask in islice(line.in_turn(needs, self._tokens, last_first=last_first), LOOKS):
             if ticket in declined:
                 continue
-            if changed and self._estimates and self._prefers_waiting(ask, changed, now):
+            if changed and self._estimates and self._chooser.prefers_waiting(ask, changed, now):
                 declined.add(ticket)
                 continue
             grant = self._grant(ticket, ask, now, also=changed)
@@ -601,199 +510,16 @@ class Dispatcher:
     def _grant(
         self, ticket: Ticket, ask: Ask, now: float, also: Sequence[Member] | None = None
     ) -> Grant | None:
-        chosen = (
-            self._choose_by_estimate(ask, now, also or ())
-            if self._estimates
-            else self._choose_by_scores(ask, now)
-        )
+        chosen = self._chooser.choose(ask, now, also or ())
         if chosen is None:
             return None
         return self._launch(ticket, ask, chosen, now)
-
-    def _choose_by_scores(self, ask: Ask, now: float) -> _Chosen | None:
-        members, excluded = self._fleet.allowed(ask.needs, now)
-        is_batch = ask.service_class is ServiceClass.BATCH
-        reasons = dict(excluded)
-        standings: dict[WorkerId, Standing] = {}
-        with_room = []
-        for member in members:
-            has_room = self._planner.has_room(member, now) if is_batch else member.room > 0
-            if has_room:
-                with_room.append(member)
-            else:
-                reasons[member.worker.id] = "no room"
-        if not with_room:
-            return None
-        for member in with_room:
-            member.window.fade(now)
-        averages = [seconds for member in with_room if (seconds := member.window.average_seconds) is not None]
-        least_load = min(member.load / member.slots for member in with_room)
-        longest_rest = max(now - member.last_picked for member in with_room)
-        for member in with_room:
-            standings[member.worker.id] = Standing(
-                running=member.load,
-                slots=member.slots,
-                success_rate=member.window.success_rate,
-                average_seconds=member.window.average_seconds,
-                best_average_seconds=min(averages, default=None),
-                reliability=member.reliability,
-                least_load=least_load,
-                rested_seconds=now - member.last_picked,
-                longest_rest_seconds=longest_rest,
-            )
-        candidates = rate(standings, self._weights, self._placing.policy.combine)
-        picked = pick(candidates, self._chance.random())
-        member = next(one for one in with_room if one.worker.id == picked.worker_id)
-        choice = Choice(worker_id=picked.worker_id, candidates=candidates, excluded=reasons)
-        tokens = self._forecast.prompt_tokens(ask)
-        return _Chosen(member, choice, tokens, 0.0)
-
-    def _prefers_waiting(self, ask: Ask, changed: Sequence[Member], now: float) -> bool:
-        """A cheap first look at one of many: whatever `changed` has to offer, there surely is better to wait
-        for. Only where little has changed, and the line was looked at before that."""
-        needs, placing, forecast = ask.needs, self._placing, self._forecast
-        able = self._fleet.able(needs.model, needs.endpoint, now)
-        if needs.avoid or not able.members:
-            return False
-        home = forecast.home(ask)
-        rivals = self._shortlist(ask, able.members, now, ())[:RIVALS]
-        if home is not None and (member := self._fleet.get(home.worker_id)) is not None:
-            rivals.append(member)
-        offers = self._fleet.offers_of(needs.model)
-        tokens, output = forecast.prompt_tokens(ask), forecast.answer_tokens(ask)
-
-        def seconds(member: Member, offer: ModelOffer) -> float:
-            line = member.line(offer, placing.social, placing.kappa)
-            uncached = tokens - forecast.cached(ask, member, offer, home)
-            cost = expected_seconds(line, uncached, output, now, full=line.full)
-            return cost if home is None or home.worker_id == member.worker.id else placing.stick * cost
-
-        best = min(
-            (
-                seconds(rival, offers[rival.worker.id])
-                for rival in rivals
-                if rival not in changed and rival.worker.id in offers and rival.unfit(now) is None
-            ),
-            default=inf,
-        )
-        limit = placing.cut * best + placing.cut_seconds + placing.patience * max(now - ask.arrived, 0.0)
-        return all(
-            (offer := offers.get(member.worker.id)) is not None
-            and member.line(offer, placing.social, placing.kappa).explored
-            and seconds(member, offer) > limit
-            for member in changed
-        )
-
-    def _choose_by_estimate(self, ask: Ask, now: float, also: Iterable[Member]) -> _Chosen | None:
-        """ROUTING 2, "Pick": by what the ask will cost on each worker. None: nobody who should take it has
-        room."""
-        members, excluded = self._fleet.allowed(ask.needs, now)
-        if not any(member.worker.id in self._fleet.roomy for member in members[:SHORTLIST]) and (
-            len(members) <= SHORTLIST or not self._fleet.roomy
-        ):
-            return None
-        if len(members) > SHORTLIST:
-            members = self._shortlist(ask, members, now, also)
-        offers = self._fleet.offers_of(ask.needs.model)
-        placing, forecast = self._placing, self._forecast
-        home = forecast.home(ask)
-        tokens, output = forecast.prompt_tokens(ask), forecast.answer_tokens(ask)
-        best = inf
-        too_short: dict[WorkerId, str] = {}
-        rated: list[tuple[float, Member, float, Line, ModelOffer]] = []
-        unexplored: list[tuple[Member, float, Line, ModelOffer]] = []
-        for member in members:
-            offer = offers[member.worker.id]
-            if offer.context_tokens is not None and self._fleet.is_too_long(tokens, offer, ask.needs, now):
-                too_short[member.worker.id] = f"a context of {offer.context_tokens} tokens"
-                continue
-            line = member.line(offer, placing.social, placing.kappa)
-            cached = forecast.cached(ask, member, offer, home)
-            if not line.explored and not member.running and tokens <= EXPLORED_WITH_TOKENS:
-                unexplored.append((member, cached, line, offer))
-                continue
-            full = line.full or (offer.memory_tokens is not None and not member.fits(offer, tokens))
-            seconds = expected_seconds(line, tokens - cached, output, now, full=full)
-            if home is not None and home.worker_id != member.worker.id:
-                seconds *= placing.stick
-            rated.append((seconds, member, cached, line, offer))
-            if seconds < best:
-                best = seconds
-        for member, cached, line, offer in unexplored:
-            seconds = expected_seconds(line, tokens - cached, output, now, full=line.full)
-            rated.append((min(seconds, best), member, cached, line, offer))
-            best = min(best, seconds)
-        waited = max(now - ask.arrived, 0.0)
-        limit = placing.cut * best + placing.cut_seconds + placing.patience * waited
-        standings: dict[WorkerId, Standing] = {}
-        usable: dict[WorkerId, tuple[Member, float, float]] = {}
-        for seconds, member, cached, line, offer in rated:
-            if seconds <= limit and not line.full and member.fits(offer, tokens):
-                worker_id = member.worker.id
-                usable[worker_id] = member, cached, seconds
-                standings[worker_id] = Standing(
-                    running=member.load,
-                    slots=member.slots,
-                    success_rate=member.window.success_rate,
-                    average_seconds=None,
-                    best_average_seconds=None,
-                    reliability=member.reliability,
-                    expected_seconds=seconds,
-                    least_expected_seconds=best,
-                )
-        if not usable:
-            return None
-        candidates = rate(standings, self._weights, placing.policy.combine)
-        picked = pick(candidates, self._chance.random())
-        member, cached, seconds = usable[picked.worker_id]
-        told = tuple(
-            replace(
-                one, expected_seconds=usable[one.worker_id][2], cached_tokens=int(usable[one.worker_id][1])
-            )
-            for one in candidates
-        )
-        reasons = {**excluded, **too_short}
-        for its_seconds, other, _, line, _ in rated:
-            if other.worker.id not in usable:
-                reasons[other.worker.id] = "no room" if line.full else f"would take {its_seconds:.1f} s"
-        choice = Choice(worker_id=picked.worker_id, candidates=told, excluded=reasons)
-        return _Chosen(member, choice, tokens - cached, seconds)
-
-    def _shortlist(
-        self, ask: Ask, members: Sequence[Member], now: float, also: Iterable[Member]
-    ) -> list[Member]:
-        """Of many, those to compare: the best as things were a moment ago for a prompt that none of them
-        knows, the home of the conversation, and `also` those where something has just changed."""
-        needs = ask.needs
-        offers = self._fleet.offers_of(needs.model)
-        service = needs.model, needs.endpoint
-        at, version, best = self._shortlists.get(service, (-inf, -1, ()))
-        if now - at > SHORTLIST_SECONDS or version != self._fleet.version:
-            tokens, output = self._forecast.prompt_tokens(ask), self._forecast.answer_tokens(ask)
-            placing = self._placing
-
-            def seconds(member: Member) -> float:
-                line = member.line(offers[member.worker.id], placing.social, placing.kappa)
-                return expected_seconds(line, tokens, output, now, full=line.full)
-
-            best = tuple(nsmallest(SHORTLIST // 2, members, key=seconds))
-            self._shortlists[service] = now, self._fleet.version, best
-        allowed = {member.worker.id: member for member in best}
-        home = self._forecast.home(ask)
-        more = list(also)
-        if home is not None and (member := self._fleet.get(home.worker_id)) is not None:
-            more.append(member)
-        able = {member.worker.id for member in members} if needs.avoid or more else set()
-        for member in more:
-            if member.worker.id in able:
-                allowed[member.worker.id] = member
-        return [one for one in allowed.values() if not needs.avoid or one.worker.id in able]
 
     def _launch(
         self,
         ticket: Ticket,
         ask: Ask,
-        chosen: _Chosen,
+        chosen: Chosen,
         now: float,
         *,
         group: Group | None = None,
@@ -914,7 +640,7 @@ class Dispatcher:
         )
         self._batch.turns.served(ask.client, uncached + (0.0 if warm else self._forecast.answer_tokens(ask)))
         self._batch.leave(ticket)
-        chosen = _Chosen(member, choice, uncached, 0.0)
+        chosen = Chosen(member, choice, uncached, 0.0)
         return self._launch(ticket, ask, chosen, now, group=assignment.group, warm_tokens=warm)
 
     def _copy_stragglers(self, now: float) -> list[Command]:
@@ -950,7 +676,7 @@ class Dispatcher:
         choice = Choice(
             worker_id=member.worker.id, candidates=(), because=f"a copy of what {flight.member.worker.id} has"
         )
-        chosen = _Chosen(member, choice, uncached, 0.0)
+        chosen = Chosen(member, choice, uncached, 0.0)
         ticket = Ticket(next(self._own_tickets))
         return self._launch(ticket, ask, chosen, now, group=self._papers.get(flight.ticket), of=flight.ticket)
 

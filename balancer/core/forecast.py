@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from balancer.core.estimates import Sizes
 from balancer.core.fleet import Flight, Member
-from balancer.core.model import Ask, ModelName, ModelOffer, WorkerId
+from balancer.core.model import Ask, ModelName, ModelOffer, ServiceClass, WorkerId
 
 MAX_CONVERSATIONS = 10_000
 MAX_MODELS = 1000
@@ -47,7 +47,7 @@ class Forecast:
 
     def settle(self, ask: Ask, worker_id: WorkerId, tokens: float) -> None:
         """The next turn after this one will find it there, with so many tokens known."""
-        if ask.prompt.conversation is not None:
+        if ask.prompt.conversation is not None and ask.service_class is ServiceClass.INTERACTIVE:
             key = ask.needs.model, ask.prompt.conversation
             self._homes[key] = Home(worker_id, tokens)
             self._homes.move_to_end(key)

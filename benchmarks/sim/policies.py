@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from balancer.core.dispatcher import Chance, Dispatcher, DispatchPolicy
+from balancer.core.choosing import Chance
+from balancer.core.dispatcher import Dispatcher, DispatchPolicy
 from balancer.core.model import Command, Event, Ticket
 from balancer.core.placement import PlacementPolicy
 from benchmarks.sim.fleets import Machine

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Protocol
 
-from balancer.core.dispatcher import Chance
+from balancer.core.choosing import Chance
 from balancer.core.model import (
     Abandon,
     Arrived,

@@ -54,7 +54,7 @@ def test_the_first_prompt_that_is_read_outweighs_the_prior():
 def test_a_short_prompt_says_nothing_of_the_reading_speed():
     speeds = known_speeds()
     speeds.read(100, 10.0)
-    speeds.read(100, 0.2, alone=True)
+    speeds.read(100, 0.05, alone=True)
     speeds.read(40, 10.0, alone=True)
     assert speeds.prefill_tokens_per_second == pytest.approx(1000)
 

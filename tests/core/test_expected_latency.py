@@ -2,6 +2,7 @@
 
 import pytest
 
+from balancer.core.admission import AdmissionPolicy
 from balancer.core.breaker import BreakerPolicy, Phase
 from balancer.core.model import (
     Condition,
@@ -511,3 +512,50 @@ def test_a_worker_that_left_and_came_back_still_has_what_runs_on_it():
     room.ask(2)
     assert granted(room.add("a", condition(slots=1)) + room.ask(3)) == []
     assert granted(room.end(1)) == [(3, "a")]
+
+
+def named(name: str, known_as: str | None = None) -> Condition:
+    """A worker's own name for a model, and the one that was made of its identity."""
+    own = ModelOffer(name=ModelName(name), identity="m-7b q4_0")
+    made = ModelOffer(
+        name=ModelName("m-7b~q4_0"),
+        identity="m-7b q4_0",
+        known_as=ModelName(known_as or name),
+        automatic=True,
+    )
+    return Condition(models=(own, made), slots=4)
+
+
+def test_an_automatic_name_is_listed_where_it_brings_several_names_together():
+    room = Room()
+    room.add("a", named("m-q4.gguf"))
+    room.add("b", named("m-q4.gguf"))
+    assert list(room.dispatcher.snapshot(room.now).models) == ["m-q4.gguf"]
+    room.add("c", named("m:7b"))
+    assert list(room.dispatcher.snapshot(room.now).models) == ["m-7b~q4_0", "m-q4.gguf", "m:7b"]
+
+
+def test_those_who_are_turned_away_are_told_to_come_one_after_the_other():
+    room = Room(admission=AdmissionPolicy(max_waiting=0))
+    room.add("a", condition(slots=1))
+    room.ask(1)
+    room.end(1, seconds=10.0)
+    room.ask(2)
+    pauses = [room.ask(number)[0].retry_after for number in (3, 4, 5)]
+    assert pauses == [10.0, 20.0, 30.0]
+
+
+def test_under_overload_the_client_that_came_last_comes_first_and_others_keep_their_order():
+    room = Room()
+    room.add("a", condition(slots=1))
+    room.ask(1)
+    room.end(1, seconds=10.0)
+    room.ask(2, client="x")
+    for number, client in ((3, "y"), (4, "y"), (5, "z")):
+        room.now += 1
+        room.ask(number, client=client)
+    room.now += 10
+    order = [granted(room.end(2, seconds=10.0))[0][0]]
+    while len(order) < 3:
+        order += [granted(room.end(order[-1], seconds=10.0))[0][0]]
+    assert order == [5, 3, 4]
