@@ -26,8 +26,11 @@ STEAL_BELOW, DUPLICATE_BELOW = 0.5, 0.9
 """A follower leaves its home, a straggler gets a copy, when that takes less than this share of the time."""
 SECOND_COPY_BELOW = 0.5
 """A prefix is computed again on the same worker when that costs less than this share of what it saves."""
-FRESH_LOOKS = 4
-"""So many of a client's papers are looked at when a worker may not take the first of them."""
+FRESH_LOOKS = 2
+"""So many papers are looked at when a worker should not take the first: the next are about as long."""
+FRESH_OF_A_CLIENT = 4
+HORIZON_SECONDS_PER_WORKER = 0.0025
+"""Where there are hundreds of them, a forecast is used for longer."""
 
 Service = tuple[ModelName, Endpoint]
 
@@ -89,10 +92,12 @@ class Horizon:
     """In which the fastest worker does one paper."""
     soonest: float
     """In which some worker would be done with one more paper and all that it has."""
+    workers: int
 
     def holds(self, now: float) -> bool:
         """It is still of use."""
-        age = min(max(HORIZON_SHARE * self.remaining, HORIZON_LEAST_SECONDS), HORIZON_MOST_SECONDS)
+        least = max(HORIZON_LEAST_SECONDS, HORIZON_SECONDS_PER_WORKER * self.workers)
+        age = max(min(HORIZON_SHARE * self.remaining, HORIZON_MOST_SECONDS), least)
         return now - self.at <= age
 
 
@@ -209,7 +214,7 @@ class BatchLine:
                 heappop(heap)
             if not heap:
                 del line.fresh[client]
-            for _, _, group in nsmallest(FRESH_LOOKS, heap):
+            for _, _, group in nsmallest(FRESH_OF_A_CLIENT, heap):
                 if group.is_fresh:
                     yield group
 
@@ -359,17 +364,19 @@ class Planner:
             and self._declined.get(key) == (horizon, member.changes)
         ):
             return None
-        any_fresh = False
+        looks = 0
         for group in self._line.fresh(service):
             first = self._first_for(group, member, now)
             if first is None:
                 continue  # it may not go here
-            any_fresh = True
             if self._fits(member, offer, group, first[1], share, now) and self._in_time(
                 member, offer, group, now
             ):
                 return self._start(group, first, member, offer, active, "a paper that it can finish in time")
-        if any_fresh:
+            looks += 1
+            if looks == FRESH_LOOKS:
+                break
+        if looks:
             if (horizon := self._line.horizon(service)) is not None:
                 self._declined[key] = horizon, member.changes
             return None
@@ -466,14 +473,15 @@ class Planner:
         offers = self._fleet.offers_of(group.service[0])
         papers, pace = float(self._line.count_fresh(group.service)), 0.0
         fastest = soonest = float("inf")
-        for member in self._fleet.able(*group.service, now).members:
+        members = self._fleet.able(*group.service, now).members
+        for member in members:
             offer = offers[member.worker.id]
             cost, load = self._cost(member, offer, paper), self._load(member, offer, paper, now)
             pace += 1 / cost
             papers += load / cost
             fastest = min(fastest, self._alone(member, offer, paper, max(member.load, 1)))
             soonest = min(soonest, load + cost)
-        horizon = Horizon(now, papers / pace if pace else 0.0, fastest, soonest)
+        horizon = Horizon(now, papers / pace if pace else 0.0, fastest, soonest, len(members))
         self._line.set_horizon(group.service, horizon)
         return horizon
 

@@ -245,8 +245,11 @@ class Chooser:
         more = list(also)
         if home is not None and (member := self._fleet.get(home.worker_id)) is not None:
             more.append(member)
-        able = {member.worker.id for member in members} if needs.avoid or more else set()
+        able = self._fleet.able(*service, now).ids
         for member in more:
             if member.worker.id in able:
                 allowed[member.worker.id] = member
-        return [one for one in allowed.values() if not needs.avoid or one.worker.id in able]
+        if not needs.avoid:
+            return list(allowed.values())
+        may = set(members)
+        return [member for member in allowed.values() if member in may]

@@ -54,7 +54,7 @@ from balancer.core.model import (
 from balancer.core.placement import PlacementPolicy, expected_seconds
 
 LEAST_RETRY_AFTER, LONGEST_RETRY_AFTER = 1.0, 60.0
-LOOKS = 32
+LOOKS = 16
 """So many of a line are looked at when a worker has room that the first of them prefer to wait past."""
 WAIT_SECONDS = 0.25
 """For so long the pace of the line is taken to stay."""
@@ -580,7 +580,7 @@ class Dispatcher:
         """`at_least_one`: batch has had less than its share, and gets one slot although people chat."""
         commands: list[Command] = []
         for service in self._batch.services():
-            able = {member.worker.id for member in self._fleet.able(*service, now).members}
+            able = self._fleet.able(*service, now).ids
             # Weighted random without replacement: the smallest of such keys is as likely as its weight's
             # share (Efraimidis and Spirakis, 2006).
             turns = [

@@ -422,14 +422,14 @@ class Able:
     """Who serves something and is well, room apart; and why each other one that serves it may not."""
 
     members: tuple[Member, ...]
+    ids: frozenset[WorkerId]
+    """Theirs."""
     excluded: Mapping[WorkerId, str]
     until: float
     """When time alone may change this."""
-    tripped: bool
-    """Every breaker is open: better a doubtful worker than none (RELIABILITY D6, fail open)."""
 
 
-_NOBODY = Able((), {}, inf, tripped=False)
+_NOBODY = Able((), frozenset(), {}, inf)
 
 
 class Fleet:
@@ -603,11 +603,14 @@ class Fleet:
                 excluded[member.worker.id] = reason
                 if now < member.held_until:
                     until = min(until, member.held_until)
+        # Where every breaker is open: better a doubtful worker than none (RELIABILITY D6, fail open).
         well = [member for member in alive if member.breaker.phase is Phase.CLOSED]
         for member in alive if well else ():
             if member.breaker.phase is not Phase.CLOSED:
                 excluded[member.worker.id] = f"breaker {member.breaker.phase}"
-        return Able(tuple(well or alive), excluded, until, tripped=bool(alive) and not well)
+        members = tuple(well or alive)
+        ids = frozenset(member.worker.id for member in members)
+        return Able(members, ids, excluded, until)
 
     def allowed(self, needs: Needs, now: float) -> tuple[Sequence[Member], Mapping[WorkerId, str]]:
         """Who may be given an ask now, room apart. Those who failed it before are asked again only where no
