@@ -19,9 +19,10 @@ from balancer.core.model import Ask, Choice, ModelOffer, ServiceClass, WorkerId
 from balancer.core.placement import PlacementPolicy, expected_seconds, pick, rate
 from balancer.core.scorers import Standing
 
-SHORTLIST = 64
-"""In a room of more workers than this, an ask is compared with the best so many of them only."""
-SHORTLIST_SECONDS = 0.05
+SHORTLIST, SHORTLISTED = 64, 24
+"""In a room of more workers than the first, an ask is compared with the best so many of them only ..."""
+SHORTLIST_SECONDS = 0.1
+"""... as they were at most so long ago."""
 RIVALS = 3
 """With so many of the best it is found out cheaply that an ask will prefer to wait."""
 EXPLORED_WITH_TOKENS = 2000.0
@@ -238,7 +239,7 @@ class Chooser:
                 line = member.line(offers[member.worker.id], placing.social, placing.kappa)
                 return expected_seconds(line, tokens, output, now, full=line.full)
 
-            best = tuple(nsmallest(SHORTLIST // 2, members, key=seconds))
+            best = tuple(nsmallest(SHORTLISTED, members, key=seconds))
             self._shortlists[service] = now, self._fleet.version, best
         allowed = {member.worker.id: member for member in best}
         home = self._forecast.home(ask)
