@@ -56,11 +56,14 @@ def _proxy(rival: str) -> Callable[[Chance, Look], Router]:
     return lambda chance, look: Proxy(RIVALS[rival](chance), look)
 
 
+OWN_CLIENT_AT_ONCE = 50
+"""What `balancer batch run` keeps open at once (MAX_CONCURRENT_BATCH)."""
 EVERYTHING = 10_000
 """All prompts of a batch wait in the balancer at once: as many as class batch has places in line."""
 
 POLICIES: Mapping[str, Policy] = {
     "expected_latency": Policy(build=_dispatcher("expected_latency"), batch_at_once=EVERYTHING),
+    "expected_latency_50": Policy(build=_dispatcher("expected_latency"), batch_at_once=OWN_CLIENT_AT_ONCE),
     "weighted_random": Policy(build=_dispatcher("weighted_random"), batch_at_once=EVERYTHING),
     "weighted_random_cap5": Policy(
         build=_dispatcher("weighted_random"), cap=_five, slots_told=False, batch_at_once=EVERYTHING
