@@ -19,7 +19,7 @@ from agent.scenes import alive, until, wait_until
 from worker_agent import wire
 from worker_agent.wire import EngineState, Report
 
-pytestmark = pytest.mark.real_engine
+pytestmark = [pytest.mark.real_engine, pytest.mark.timeout(300)]
 
 CHAT = "/v1/chat/completions"
 COUNT = "Count to a thousand."

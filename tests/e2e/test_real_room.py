@@ -12,7 +12,7 @@ import pytest
 from tests.e2e.conftest import OpenRoom, Room
 from tests.e2e.processes import Command, command
 
-pytestmark = pytest.mark.real_engine
+pytestmark = [pytest.mark.real_engine, pytest.mark.timeout(300)]
 
 MODEL = "smollm2-135m-instruct"
 QUESTION = [{"role": "user", "content": "Name three trees."}]

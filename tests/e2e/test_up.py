@@ -15,7 +15,7 @@ import pytest
 from tests.e2e.conftest import free_port
 from tests.e2e.processes import command
 
-pytestmark = pytest.mark.real_engine
+pytestmark = [pytest.mark.real_engine, pytest.mark.timeout(300)]
 
 STARTED = "Ctrl-C stops everything."
 
