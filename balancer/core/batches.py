@@ -342,6 +342,8 @@ class Planner:
         """It may take something of class batch: one prompt is read at a time, and none beside a chat's."""
         if not self.has_room(member, now, anyway=anyway):
             return False
+        if member.chats and now < member.pause_until:
+            return False
         alone = self.has_chats(member, now)
         return not any(alone or not flight.is_interactive for flight in member.pending.values())
 

@@ -40,6 +40,9 @@ GUESSED_SECONDS = 5.0
 """How long an answer is taken to last while none has been measured."""
 REMEMBERED_TOKENS = 64_000
 """How much of earlier prompts a worker is taken to remember while it does not say."""
+READING_PAUSE = 0.2
+"""While an engine reads a prompt its answers hardly grow: where people wait for some, batch prompts follow
+each other with a pause of this share of the time that they take."""
 CACHE_SAMPLE_TOKENS = 1024
 CACHE_FORGETS, CACHE_HOLDS, LEAST_CACHE_SHARE = 0.95, 1.05, 0.05
 """An engine that has forgotten what it was taken to hold is trusted with a little less, and with each prompt
@@ -162,6 +165,8 @@ class Member:
     """How many of its requests hold the prefix of which group."""
     last_byte: float = -inf
     last_first: float = -inf
+    pause_until: float = -inf
+    """Until then it reads nothing for class batch, so that the chats on it get on."""
     read_seconds: float = 0.0
     """In all, for which it has had prompts to read; until `reading_since`, while it has."""
     reading_since: float = 0.0
@@ -368,6 +373,8 @@ class Member:
     def began(self, flight: Flight, now: float) -> None:
         """Its first token has come."""
         self._is_read(flight, now)
+        if self.chats and not flight.is_interactive:
+            self.pause_until = now + READING_PAUSE * (now - max(flight.sent, self.last_first))
         flight.first = flight.grew = self.last_first = self.last_byte = now
         flight.read_before = self.read_for(now)
         self.changed()

@@ -437,3 +437,22 @@ def test_a_broken_worker_gets_no_paper():
     room.end(9999, Verdict.BAD)
     room.add("well", old_cpu())
     assert {each.worker.id for n in range(1, 5) for each in send(room, n, 2)} == {"well"}
+
+
+def test_where_people_wait_for_answers_a_batch_pauses_between_its_prompts():
+    """While an engine reads, answers hardly grow: without a pause a chat beside a batch would never end."""
+    room = Room()
+    room.add("a", vllm(slots=8))
+    room.ask(1, tokens=100)
+    room.begin(1)
+    commands = room.ask(2, blocks=paper(1, 40), batch=True)
+    (slice_,) = grants(commands)
+    assert slice_.warm_chars is not None
+    room.now += 1.0
+    room.begin(slice_.ticket)
+    room.end(slice_.ticket, seconds=1.0, prompt=2000, output=1)
+    assert granted(room.ask(3, blocks=paper(1, 40), batch=True, admitted=True)) == []
+    room.now += 0.1
+    assert granted(room.tell(Tick())) == []
+    room.now += 0.15
+    assert [number for number, _ in granted(room.tell(Tick()))] == [3]
