@@ -134,7 +134,8 @@ def order(policies: Sequence[str], number: int) -> list[str]:
 
 
 async def _run(policy: str, number: int, texts: Sequence[str], effort: Effort, chat: bool) -> Figures:
-    with tempfile.TemporaryDirectory(prefix="room-") as folder:
+    # What was ended may still write its last words into it.
+    with tempfile.TemporaryDirectory(prefix="room-", ignore_cleanup_errors=True) as folder:
         agents = engines.agents(effort.workers)
         async with engines.room(agents, policy, Path(folder)) as room:
             before = room.cpu_seconds()

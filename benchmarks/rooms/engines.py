@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -61,6 +62,9 @@ def agents(count: int) -> tuple[Agent, ...]:
         Agent(name=name, slots=slots, threads=len(share), cores=share)
         for (name, slots), share in zip(NAMES_AND_SLOTS, shares, strict=False)
     )
+
+
+PORTS = range(20_000, 30_000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,15 +183,16 @@ def _cpu_seconds(started: Started) -> float:
 
 
 def _free_ports(count: int) -> list[int]:
-    """All bound at once before any is given away, so that they differ."""
-    bound = [socket.socket() for _ in range(count)]
-    try:
-        for one in bound:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in bound]
-    finally:
-        for one in bound:
-            one.close()
+    """Below the range from which systems take ports by themselves: an engine that was started a moment ago
+    must not have been given the one that is to be the balancer's."""
+    free: list[int] = []
+    for port in random.sample(PORTS, len(PORTS)):
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            free.append(port)
+        if len(free) == count:
+            break
+    return free
 
 
 async def _until_ready(url: str, started: Sequence[Started], workers: int) -> None:
