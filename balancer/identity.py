@@ -77,7 +77,7 @@ def with_automatic_names(condition: Condition) -> Condition:
     for offer in sorted(condition.models, key=lambda offer: not offer.loaded):
         name = automatic_name(offer.identity)
         if offer.identity and name not in names:
-            known_as = offer.known_as or offer.name
+            known_as = offer.own_name
             further.setdefault(name, dataclasses.replace(offer, name=name, known_as=known_as, automatic=True))
     return dataclasses.replace(condition, models=(*condition.models, *further.values()))
 

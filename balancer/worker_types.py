@@ -93,8 +93,7 @@ def _read_ollama_residency(condition: Condition, status: int, body: bytes) -> Co
     return dataclasses.replace(
         condition,
         models=tuple(
-            dataclasses.replace(offer, loaded=(offer.known_as or offer.name) in loaded)
-            for offer in condition.models
+            dataclasses.replace(offer, loaded=offer.own_name in loaded) for offer in condition.models
         ),
     )
 

@@ -48,9 +48,6 @@ class WaitingLine:
     def __len__(self) -> int:
         return len(self._asks)
 
-    def __contains__(self, ticket: Ticket) -> bool:
-        return ticket in self._asks
-
     @property
     def is_full(self) -> bool:
         return len(self._asks) >= self.max_waiting

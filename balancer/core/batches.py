@@ -126,9 +126,6 @@ class BatchLine:
     def __len__(self) -> int:
         return len(self._where)
 
-    def __contains__(self, ticket: Ticket) -> bool:
-        return ticket in self._where
-
     def join(self, ticket: Ticket, ask: Ask) -> Group:
         service = ask.needs.model, ask.needs.endpoint
         line = self._services.setdefault(service, _ServiceLine())
@@ -140,8 +137,7 @@ class BatchLine:
         self.turns.joined(ask.client)
         line.waiting += 1
         if not group.homes and len(group.waiting) == 1:
-            heap = line.fresh.setdefault(group.client, [])
-            heappush(heap, (-ask.prompt.chars, group.number, group))
+            self._refresh(group)
         return group
 
     def leave(self, ticket: Ticket) -> Ask | None:
@@ -156,10 +152,8 @@ class BatchLine:
     def ask_of(self, ticket: Ticket) -> Ask:
         return self._where[ticket].waiting[ticket]
 
-    def tickets(self, service: Service | None = None) -> list[Ticket]:
-        return [
-            ticket for ticket, group in self._where.items() if service is None or group.service == service
-        ]
+    def tickets(self, service: Service) -> list[Ticket]:
+        return [ticket for ticket, group in self._where.items() if group.service == service]
 
     def services(self) -> list[Service]:
         """What is waited for."""
@@ -323,8 +317,6 @@ class Planner:
         self._policy = policy
         self._declined: dict[tuple[Service, WorkerId], tuple[Horizon, int]] = {}
         """Who can't finish any new paper in time: as of which horizon, and which state of the worker."""
-        self._loads: dict[tuple[ModelName, WorkerId], tuple[int, float, float]] = {}
-        """The state of the worker, when, and seconds."""
 
     def has_chats(self, member: Member, now: float) -> bool:
         """People have used it of late, and will again."""
@@ -625,10 +617,6 @@ class Planner:
 
     def _load(self, member: Member, offer: ModelOffer, paper: Paper, now: float) -> float:
         """Seconds of work that is bound to this worker, of papers like this one."""
-        key = offer.name, member.worker.id
-        known = self._loads.get(key)
-        if known is not None and known[0] == member.changes and now - known[1] <= HORIZON_MOST_SECONDS:
-            return max(known[2] - (now - known[1]), 0.0)
         speeds, streams = member.speeds_of(offer), _streams(member, offer, paper)
         token = speeds.writing.at(max(member.load, 1))
         tokens = 0.0

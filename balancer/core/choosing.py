@@ -42,7 +42,7 @@ class Chosen:
     member: Member
     choice: Choice
     uncached: float
-    expected: float
+    """Tokens of the prompt that the worker has to compute."""
 
 
 class Chooser:
@@ -109,7 +109,7 @@ class Chooser:
         member = next(one for one in with_room if one.worker.id == picked.worker_id)
         choice = Choice(worker_id=picked.worker_id, candidates=candidates, excluded=reasons)
         tokens = self._forecast.prompt_tokens(ask)
-        return Chosen(member, choice, tokens, 0.0)
+        return Chosen(member, choice, tokens)
 
     def prefers_waiting(self, ask: Ask, changed: Sequence[Member], now: float) -> bool:
         """A cheap first look at one of many: whatever `changed` has to offer, there surely is better to wait
@@ -208,7 +208,7 @@ class Chooser:
             return None
         candidates = rate(standings, self._weights, placing.policy.combine)
         picked = pick(candidates, self._chance.random())
-        member, cached, seconds = usable[picked.worker_id]
+        member, cached, _ = usable[picked.worker_id]
         told = tuple(
             replace(
                 one, expected_seconds=usable[one.worker_id][2], cached_tokens=int(usable[one.worker_id][1])
@@ -220,7 +220,7 @@ class Chooser:
             if other.worker.id not in usable:
                 reasons[other.worker.id] = "no room" if line.full else f"would take {its_seconds:.1f} s"
         choice = Choice(worker_id=picked.worker_id, candidates=told, excluded=reasons)
-        return Chosen(member, choice, tokens - cached, seconds)
+        return Chosen(member, choice, tokens - cached)
 
     def _shortlist(
         self, ask: Ask, members: Sequence[Member], now: float, also: Iterable[Member]

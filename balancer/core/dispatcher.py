@@ -186,7 +186,7 @@ class Dispatcher:
                 return [Abandon(ticket, reason) for ticket in sorted(member.running)] + placed
 
     def snapshot(self, now: float) -> Snapshot:
-        batch = len(self._batch) + len(self._plain_batch)
+        batch = self._waiting_batch
         return Snapshot(
             workers=tuple(_view(member, now) for member in self._fleet),
             waiting=len(self._line) + batch,
@@ -221,8 +221,7 @@ class Dispatcher:
         return []
 
     def _arrived_batch(self, ticket: Ticket, ask: Ask, now: float) -> list[Command]:
-        waiting = len(self._batch) + len(self._plain_batch)
-        if waiting >= self._policy.admission.max_waiting_batch and not ask.admitted:
+        if self._waiting_batch >= self._policy.admission.max_waiting_batch and not ask.admitted:
             return [self._refuse(ticket, ask, Refusal.QUEUE_FULL, now)]
         if not self._estimates:
             self._plain_batch.join(ticket, ask)
@@ -293,23 +292,15 @@ class Dispatcher:
         member = self._fleet.get(worker_id)
         if member is None:
             return []
-        before, room = (member.condition, member.lost), member.room
+        known, lost, room = member.condition, member.lost, member.room
         self._fleet.reported(worker_id, condition, now)
         if condition.ready:
             commands = self._calibrations(member, now)
         else:
             commands = []
             self._batch.evict(worker_id)
-        known, lost = before
-        if (
-            known is None
-            or lost is not None
-            or (known.ready, known.models)
-            != (
-                condition.ready,
-                condition.models,
-            )
-        ):
+        told = condition.ready, condition.models
+        if known is None or lost is not None or (known.ready, known.models) != told:
             return commands + self._refuse_hopeless(now) + self._place(None, now)
         return commands + (self._place([member], now) if member.room > room else [])
 
@@ -378,7 +369,7 @@ class Dispatcher:
         if not member.calibrates or member.unfit(now) is not None or member.room <= 0:
             return []
         for offer in member.offers:
-            name = offer.known_as or offer.name
+            name = offer.own_name
             if offer.loaded and name not in member.calibrated and _WRITES & offer.endpoints:
                 member.calibrated.add(name)
                 endpoint = next(one for one in Endpoint if one in _WRITES & offer.endpoints)
@@ -427,7 +418,7 @@ class Dispatcher:
             ticket,
             member.worker,
             endpoint,
-            offer.known_as or offer.name,
+            offer.own_name,
             prompt_tokens=prompt,
             output_tokens=output,
             measures=prompt > 1,
@@ -640,7 +631,7 @@ class Dispatcher:
         )
         self._batch.turns.served(ask.client, uncached + (0.0 if warm else self._forecast.answer_tokens(ask)))
         self._batch.leave(ticket)
-        chosen = Chosen(member, choice, uncached, 0.0)
+        chosen = Chosen(member, choice, uncached)
         return self._launch(ticket, ask, chosen, now, group=assignment.group, warm_tokens=warm)
 
     def _copy_stragglers(self, now: float) -> list[Command]:
@@ -676,7 +667,7 @@ class Dispatcher:
         choice = Choice(
             worker_id=member.worker.id, candidates=(), because=f"a copy of what {flight.member.worker.id} has"
         )
-        chosen = Chosen(member, choice, uncached, 0.0)
+        chosen = Chosen(member, choice, uncached)
         ticket = Ticket(next(self._own_tickets))
         return self._launch(ticket, ask, chosen, now, group=self._papers.get(flight.ticket), of=flight.ticket)
 
@@ -706,6 +697,10 @@ class Dispatcher:
         if self._line.waited(needs, now) <= longest:
             return False
         return self._seconds_each(needs, now) * self._line.count(needs) > longest
+
+    @property
+    def _waiting_batch(self) -> int:
+        return len(self._batch) + len(self._plain_batch)
 
     def _leave(self, ticket: Ticket) -> Ask | None:
         return self._line.leave(ticket) or self._batch.leave(ticket) or self._plain_batch.leave(ticket)
@@ -772,8 +767,8 @@ class Dispatcher:
         waited too long, when the line will be short enough. Those who are turned away one after the other
         are told to come one after the other."""
         is_batch = ask.service_class is ServiceClass.BATCH
-        waiting = len(self._batch) + len(self._plain_batch) if is_batch else len(self._line)
-        each = self._wait(1, list(self._fleet), now)
+        waiting = self._waiting_batch if is_batch else len(self._line)
+        each = self._pace(list(self._fleet), now)
         if each is None:
             return min(max(GUESSED_SECONDS, LEAST_RETRY_AFTER), LONGEST_RETRY_AFTER)
         wait = each * (waiting + 1)
@@ -795,12 +790,12 @@ class Dispatcher:
         service = needs.model, needs.endpoint
         at, each = self._waits.get(service, (-inf, 0.0))
         if now - at > WAIT_SECONDS:
-            each = self._wait(1, self._fleet.able(*service, now).members, now) or 0.0
+            each = self._pace(self._fleet.able(*service, now).members, now) or 0.0
             self._waits[service] = now, each
         return each
 
-    def _wait(self, requests: int, members: Sequence[Member], now: float) -> float | None:
-        """In which so many requests will have been taken in, at the pace of these workers."""
+    def _pace(self, members: Sequence[Member], now: float) -> float | None:
+        """Seconds in which these workers together take in one request; None: nothing was measured yet."""
         ready = [member for member in members if member.unfit(now) is None]
         for member in ready:
             member.window.fade(now)
@@ -808,7 +803,7 @@ class Dispatcher:
         averages = [seconds for member in ready if (seconds := member.window.average_seconds) is not None]
         if not averages or not slots:
             return None
-        return requests / slots * sum(averages) / len(averages)
+        return 1 / slots * sum(averages) / len(averages)
 
 
 def _view(member: Member, now: float) -> WorkerView:

@@ -275,14 +275,6 @@ class Remembered:
         while len(held) > at_most:
             held.popitem(last=False)
 
-    def drop(self, blocks: Sequence[int]) -> None:
-        """Nobody will ask for these again."""
-        for block in blocks:
-            self._blocks.pop(block, None)
-
-    def clear(self) -> None:
-        self._blocks.clear()
-
 
 # How much a worker takes at once, where neither it nor its configuration says so.
 

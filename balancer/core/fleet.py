@@ -200,17 +200,14 @@ class Member:
             return reported
         by_name = {offer.name: offer for offer in reported}
         public = {
-            alias: replace(by_name[own], name=alias, known_as=by_name[own].known_as or own)
+            alias: replace(by_name[own], name=alias, known_as=by_name[own].own_name)
             for alias, own in self.worker.aliases
             if own in by_name
         }
         return (*(offer for offer in reported if offer.name not in public), *public.values())
 
-    def offer(self, model: ModelName) -> ModelOffer:
-        return next((one for one in self.offers if one.name == model), ModelOffer(name=model))
-
     def speeds_of(self, offer: ModelOffer) -> Speeds:
-        name = offer.known_as or offer.name
+        name = offer.own_name
         speeds = self.speeds.get(name)
         if speeds is None:
             condition = self.condition
@@ -219,7 +216,7 @@ class Member:
         return speeds
 
     def remembered(self, offer: ModelOffer) -> Remembered:
-        return self.remembers.setdefault(offer.known_as or offer.name, Remembered())
+        return self.remembers.setdefault(offer.own_name, Remembered())
 
     @property
     def shares_prefixes(self) -> bool:
@@ -227,7 +224,7 @@ class Member:
 
     def cache_tokens(self, offer: ModelOffer) -> float:
         """Of earlier prompts, what it can remember beside what runs."""
-        share = self.cache_share.get(offer.known_as or offer.name, 1.0)
+        share = self.cache_share.get(offer.own_name, 1.0)
         if offer.memory_tokens is not None:
             return share * max(offer.memory_tokens - ANSWER_ROOM_TOKENS * len(self.running), 0)
         return share * (REMEMBERED_TOKENS if offer.cache_tokens is None else offer.cache_tokens)
@@ -236,7 +233,7 @@ class Member:
         """Of a prompt its engine had so many tokens in its cache, where so many were expected."""
         if expected < CACHE_SAMPLE_TOKENS:
             return
-        name = offer.known_as or offer.name
+        name = offer.own_name
         step = CACHE_FORGETS if found < 0.25 * expected else CACHE_HOLDS
         self.cache_share[name] = min(max(self.cache_share.get(name, 1.0) * step, LEAST_CACHE_SHARE), 1.0)
 

@@ -67,7 +67,7 @@ class Forecast:
     def cached(self, ask: Ask, member: Member, offer: ModelOffer, home: Home | None) -> float:
         """Tokens of the prompt that this worker need not compute."""
         blocks = ask.prompt.blocks
-        remembered = member.remembers.get(offer.known_as or offer.name)
+        remembered = member.remembers.get(offer.own_name)
         depth = remembered.depth(blocks) if remembered is not None and blocks else 0
         at_home = home is not None and home.worker_id == member.worker.id
         if not depth and (blocks or not at_home):

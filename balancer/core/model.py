@@ -123,6 +123,11 @@ class ModelOffer:
     cache_tokens: int | None = None
     """Tokens of earlier prompts that it remembers; None: not known."""
 
+    @property
+    def own_name(self) -> ModelName:
+        """What the worker calls it."""
+        return self.known_as or self.name
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Condition:
