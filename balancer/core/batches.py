@@ -520,7 +520,7 @@ class Planner:
             return float("inf")
         paper = self._sizes(group)
         rounds = -(-paper.prompts // (home.slots if home.shares_prefixes else 1))
-        return home.backlog(offer, now) + self._latency(home, offer, paper.own, paper.output) * rounds
+        return home.backlog(now) + self._latency(home, offer, paper.own, paper.output) * rounds
 
     def _second_copy(
         self, member: Member, offer: ModelOffer, service: Service, now: float, active: bool
@@ -629,5 +629,5 @@ class Planner:
         for flight in member.running.values():
             done = 0.0 if flight.first is None else (now - flight.first) / token
             tokens += max(flight.output - done, 0.0)
-        seconds = reading / speeds.prefill_tokens_per_second + member.backlog(offer, now)
+        seconds = reading / speeds.prefill_tokens_per_second + member.backlog(now)
         return seconds + tokens * speeds.writing.at(streams) / streams

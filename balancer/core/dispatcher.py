@@ -530,7 +530,7 @@ class Dispatcher:
             sent=now,
             prompt=prompt,
             uncached=max(chosen.uncached, 1.0),
-            expected=member.backlog(offer, now)
+            expected=member.backlog(now)
             + chosen.uncached / member.speeds_of(offer).prefill_tokens_per_second
             + member.speeds_of(offer).answering.at(member.load + 1),
             output=1.0 if kind == "warm" else self._forecast.answer_tokens(ask),

@@ -304,12 +304,7 @@ class Member:
         slower = max(token - speeds.answering.at(streams), 0.0)
         disturbed = social * kappa * self.chats
         per_token = 1 / speeds.prefill_tokens_per_second
-        backlog_ends, backlog_least = -inf, 0.0
-        if self.pending:
-            flights = list(self.pending.values())
-            seconds = [one.uncached / self.speeds_of(one.offer).prefill_tokens_per_second for one in flights]
-            backlog_ends = max(flights[0].sent, self.last_first) + sum(seconds)
-            backlog_least = 0.1 * seconds[-1]
+        backlog_ends, backlog_least = self._reading()
         free_at = min(
             (
                 (one.sent + one.expected if one.first is None else one.first) + one.output * token
@@ -332,12 +327,20 @@ class Member:
             explored=speeds.answers >= (1 if self.calibrates else NEW_AFTER_ANSWERS),
         )
 
-    def backlog(self, offer: ModelOffer, now: float) -> float:
+    def backlog(self, now: float) -> float:
         """Seconds until it has read all the prompts that it was sent; if it is late, as long again."""
         if not self.pending:
             return 0.0
-        line = self.line(offer, 0.0, 0.0) if offer.name not in self._lines else self._lines[offer.name]
-        return max(abs(line.backlog_ends - now), line.backlog_least)
+        ends, least = self._reading()
+        return max(abs(ends - now), least)
+
+    def _reading(self) -> tuple[float, float]:
+        """When it will have read all the prompts that it was sent, and the least that is taken to be left."""
+        if not self.pending:
+            return -inf, 0.0
+        flights = list(self.pending.values())
+        seconds = [one.uncached / self.speeds_of(one.offer).prefill_tokens_per_second for one in flights]
+        return max(flights[0].sent, self.last_first) + sum(seconds), 0.1 * seconds[-1]
 
     def changed(self) -> None:
         """What was computed from its state is to be computed anew."""
