@@ -57,6 +57,9 @@ class Needs:
     endpoint: Endpoint
     avoid: frozenset[WorkerId] = frozenset()
     """Workers that failed this request before; they are asked again only when no other one is well."""
+    kin: str | None = None
+    """The answer was begun elsewhere and is to go on: only workers whose model is of this kin
+    (`ModelOffer.kin`), and that can go on with an answer. None: from the beginning, on any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +125,15 @@ class ModelOffer:
     bound them."""
     cache_tokens: int | None = None
     """Tokens of earlier prompts that it remembers; None: not known."""
+    continues: bool | None = None
+    """It goes on with a chat answer that another worker began; None: to be found out when it matters. A
+    plain completion goes on anywhere: what has come is a part of the next prompt."""
+
+    @property
+    def kin(self) -> str:
+        """Equal for two workers where an answer that one began can go on at the other: base model and
+        quantisation, as far as they are known, else what the worker calls the model."""
+        return self.identity or self.own_name
 
     @property
     def own_name(self) -> ModelName:
@@ -274,6 +286,14 @@ class Lost:
 
 
 @dataclass(frozen=True, slots=True)
+class Draining:
+    """Somebody wants a worker to get nothing new (and takes that back). What runs on it may finish."""
+
+    worker_id: WorkerId
+    on: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed: somebody may have waited long enough, some breaker rested long enough."""
 
@@ -281,7 +301,7 @@ class Tick:
     """Tokens that have come until now, of tickets whose answer has grown since the last tick."""
 
 
-Event = Arrived | Began | Ended | Seen | Gone | Reported | Lost | Tick
+Event = Arrived | Began | Ended | Seen | Gone | Reported | Lost | Draining | Tick
 
 # ... and what it wants done.
 
@@ -383,3 +403,13 @@ class Abandon:
 
 
 Command = Grant | Refuse | Abandon | Probe
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How it stands with an ask that waits in line."""
+
+    position: int
+    """1: the next one of its class."""
+    eta_seconds: float | None
+    """Until it is likely to be its turn; None: nothing was measured yet."""

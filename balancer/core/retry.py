@@ -10,12 +10,17 @@ from balancer.core.model import Verdict, WorkerId
 
 
 class Cause(Enum):
-    """How an attempt failed. What each says about the worker, and whether another may try, are in CAUSES."""
+    """How an attempt failed. What each says about the worker, and whether another may try, are in CAUSES.
+
+    Whether a part of the answer had reached the client is another matter (`continuation`).
+    """
 
     UNREACHABLE = "unreachable"
     """No connection came about: nothing was sent."""
     BROKE = "broke"
-    """The connection ended, or what came was no complete answer; nothing of it reached the client."""
+    """The connection ended, or what came was no complete answer."""
+    CRASHED = "crashed"
+    """The engine died while it worked on the request: possibly of the request."""
     ERRED = "erred"
     """The worker says that it failed: a 5xx, or an error in place of an answer."""
     BUSY = "busy"
@@ -24,8 +29,8 @@ class Cause(Enum):
     """No byte for longer than the read timeout."""
     LOST = "lost"
     """Its machine fell silent while it worked."""
-    CUT = "cut"
-    """It failed after a part of the answer had reached the client: too late to start over."""
+    CANNOT_CONTINUE = "cannot_continue"
+    """It was to go on with an answer that another worker began, and was found not to be able to."""
     OVERDUE = "overdue"
     """The time that a request may take as a whole is over."""
     LEFT = "client_left"
@@ -45,16 +50,21 @@ class Consequence:
 CAUSES: dict[Cause, Consequence] = {
     Cause.UNREACHABLE: Consequence(Verdict.BAD, again=True),
     Cause.BROKE: Consequence(Verdict.BAD, again=True),
+    Cause.CRASHED: Consequence(Verdict.BAD, again=True),
     Cause.ERRED: Consequence(Verdict.BAD, again=True),
     Cause.BUSY: Consequence(Verdict.UNKNOWN, again=True),
     Cause.SILENT: Consequence(Verdict.BAD, again=True),
     Cause.LOST: Consequence(Verdict.BAD, again=True),
-    Cause.CUT: Consequence(Verdict.BAD, again=False),
+    Cause.CANNOT_CONTINUE: Consequence(Verdict.UNKNOWN, again=True),
     Cause.OVERDUE: Consequence(Verdict.UNKNOWN, again=False),
     Cause.LEFT: Consequence(Verdict.UNKNOWN, again=False),
     Cause.OUTRUN: Consequence(Verdict.UNKNOWN, again=False),
     Cause.REJECTED: Consequence(Verdict.UNKNOWN, again=False),
 }
+
+MAX_CRASHES = 2
+"""Engines that one request may be the last of: a prompt that kills them must not go through the room, one
+after the other (RELIABILITY S3)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +88,20 @@ class Again:
     avoid: frozenset[WorkerId]
 
 
+def is_poison(tried: Sequence[Tried]) -> bool:
+    """As many engines have died over this request as may."""
+    return sum(attempt.cause is Cause.CRASHED for attempt in tried) >= MAX_CRASHES
+
+
 def after(policy: RetryPolicy, tried: Sequence[Tried], chance: float) -> Again | None:
     """What to do after these attempts, the last of which has just failed; None: give up.
 
-    The pause before retry i (from 0) is drawn from 0 to base * 2**i seconds: full jitter, so that the
-    clients of a worker that died do not come back as one (AWS Builders' Library, "Timeouts, retries and
-    backoff with jitter"). `chance` is uniform in [0, 1).
+    The first retry goes elsewhere at once: a person waits, and how many may do so is bounded by the budget
+    (`budget`). The pause before retry i (from 1) is drawn from 0 to base * 2**(i - 1) seconds: full jitter,
+    so that the clients of a worker that died do not come back as one (AWS Builders' Library, "Timeouts,
+    retries and backoff with jitter"). `chance` is uniform in [0, 1).
     """
-    if not CAUSES[tried[-1].cause].again or len(tried) > policy.max_retries:
+    if not CAUSES[tried[-1].cause].again or len(tried) > policy.max_retries or is_poison(tried):
         return None
-    longest = min(policy.base_seconds * 2.0 ** (len(tried) - 1), policy.longest_seconds)
-    return Again(chance * longest, frozenset(attempt.worker_id for attempt in tried))
+    longest = min(policy.base_seconds * 2.0 ** (len(tried) - 2), policy.longest_seconds)
+    return Again(chance * longest if len(tried) > 1 else 0.0, frozenset(attempt.worker_id for attempt in tried))
