@@ -19,13 +19,14 @@ from balancer.core.admission import AdmissionPolicy
 from balancer.core.batches import BatchPolicy
 from balancer.core.breaker import BreakerPolicy
 from balancer.core.dispatcher import Dispatcher, DispatchPolicy, Snapshot
-from balancer.core.errors import Conflict
-from balancer.core.model import Event, Served, Worker, WorkerId
+from balancer.core.errors import Conflict, ShuttingDown
+from balancer.core.model import Draining, Event, Served, Worker, WorkerId
 from balancer.core.placement import PlacementPolicy
 from balancer.core.retry import RetryPolicy
 from balancer.discovery import Browser, NotAdmitted, Roster, own_interfaces
 from balancer.front import Front, FrontPolicy
 from balancer.history import History
+from balancer.inference import Inference, InferencePolicy
 from balancer.journey import Journey, JourneyPolicy, Observer
 from balancer.leases import TICK_SECONDS, Leases
 from balancer.metrics import Metrics
@@ -40,6 +41,10 @@ log = logging.getLogger(__name__)
 
 MAX_LINE_BYTES = 8190
 """Of a request line or a header, on the client's side."""
+
+
+LAST_WORDS_SECONDS = 2.0
+"""To tell the clients of what was cut short."""
 
 
 class PortTaken(Exception):
@@ -63,12 +68,12 @@ class Running:
     """A balancer that listens."""
 
     def __init__(
-        self, port: int, leases: Leases, journey: Journey, front: Front, drain_seconds: float
+        self, port: int, leases: Leases, journey: Journey, inference: Inference, drain_seconds: float
     ) -> None:
         self.port = port
         self._leases = leases
         self._journey = journey
-        self._front = front
+        self._inference = inference
         self._drain_seconds = drain_seconds
 
     def snapshot(self) -> Snapshot:
@@ -80,14 +85,19 @@ class Running:
         return self._journey.under_way
 
     async def drain(self, stop: Stop) -> None:
-        """Take nothing new, and let what is under way finish: for `drain_timeout`, or until hurried."""
-        self._front.draining = True
+        """Take nothing new, and let what is under way finish: for `drain_timeout`, or until hurried. What
+        is under way then is ended, and its clients are told."""
+        self._inference.draining = True
         waits = [asyncio.ensure_future(event.wait()) for event in (self._journey.idle, stop.hurried)]
         try:
             await asyncio.wait(waits, timeout=self._drain_seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for wait in waits:
                 wait.cancel()
+        self._journey.end_all(ShuttingDown("The balancer is stopping. Ask again in a moment."))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORDS_SECONDS):
+                await self._journey.idle.wait()
 
 
 @asynccontextmanager
@@ -150,22 +160,35 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
                 total_batch_seconds=settings.request_timeout_batch,
                 max_wait_seconds=settings.max_wait,
                 max_wait_batch_seconds=settings.max_wait_batch,
+                continues=settings.continue_streams,
             ),
             clock=clock,
             chance=chance,
             observers=observers,
         )
-        front = Front(
+        inference = Inference(
             journey,
-            FrontPolicy(
+            InferencePolicy(
                 max_body_bytes=settings.max_body_mib * 1024 * 1024,
                 sources=Sources((*settings.allow_networks, *own_addresses())),
+                comment_seconds=settings.comment_after,
             ),
+            secret=secrets.token_bytes(16),
+        )
+
+        def drain(worker_id: WorkerId, on: bool) -> bool:
+            known = dispatcher.has_worker(worker_id)
+            leases.tell(Draining(worker_id, on))
+            return known
+
+        front = Front(
+            inference,
+            FrontPolicy(),
             snapshot=leases.snapshot,
+            drain=drain,
             join=join,
             find=history.find,
             metrics=metrics,
-            secret=secrets.token_bytes(16),
         )
         await stack.enter_async_context(_ticking(leases.tick, TICK_SECONDS))
         await stack.enter_async_context(_ticking(roster.tick, 1.0))
@@ -177,7 +200,7 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
         gc.collect()
         gc.freeze()  # what lives as long as the process need not be looked at by every collection
         log.info("listening on http://%s:%d", settings.host, port)
-        yield Running(port, leases, journey, front, settings.drain_timeout)
+        yield Running(port, leases, journey, inference, settings.drain_timeout)
 
 
 @asynccontextmanager

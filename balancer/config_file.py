@@ -336,6 +336,10 @@ class Tunables(_Strict):
     """Seconds that a worker may stay silent within an answer."""
     max_retries: int = Field(default=3, ge=0, le=20)
     """How often a failed request is tried again, on another worker where there is one."""
+    continue_streams: bool = True
+    """Where a worker fails in the middle of a streamed answer, let another one of the same model go on."""
+    comment_after: float = Field(default=5.0, ge=0, le=3600)
+    """Seconds after which a streaming client that waits is told why, in a comment; 0: never."""
     max_queue: int = Field(default=1000, ge=0, le=100_000)
     """Interactive requests that may wait for room at once; one more is refused."""
     max_queue_batch: int = Field(default=10_000, ge=0, le=1_000_000)

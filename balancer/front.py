@@ -1,18 +1,14 @@
-"""The HTTP side towards clients, on aiohttp: reads a request within bounds, gives it to the journey, and
-writes what comes back in OpenAI's forms.
+"""The HTTP side towards clients, on aiohttp: every route of the balancer. The inference routes have a faster
+server of their own for plain requests (`hot_path`); what that one does not take is read here too.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
-import math
-import re
-import uuid
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 
 import orjson
 from aiohttp import web
@@ -21,54 +17,42 @@ from balancer.core.dispatcher import Snapshot
 from balancer.core.errors import (
     BadRequest,
     BodyTimeout,
-    BodyTooLarge,
     Forbidden,
-    LoopDetected,
     MethodNotAllowed,
     ModelNotFound,
     NotFound,
-    QueueFull,
     RequestError,
-    ShuttingDown,
-    UnsupportedMedia,
 )
-from balancer.core.model import Candidate, Choice, Endpoint, ModelName, Served, ServiceClass, Worker
+from balancer.core.model import Endpoint, ModelName, Served, WorkerId
 from balancer.dialects import openai
-from balancer.dialects.framing import event
-from balancer.history import share_of, why
+from balancer.history import why
 from balancer.identity import conflicts
-from balancer.journey import ClientLeft, Journey, Story
+from balancer.inference import (
+    Head,
+    Inference,
+    as_refusal,
+    insist_on_plain_json,
+    refusal_headers,
+    request_id,
+)
 from balancer.metrics import CONTENT_TYPE, Metrics
-from worker_agent.sources import Sources
-from worker_agent.wire import HOPS_HEADER, JOIN_PATH, REQUEST_ID_HEADER, Join, WireError, parse_join
+from worker_agent.sources import is_loopback
+from worker_agent.wire import JOIN_PATH, Join, WireError, parse_join
 
 log = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-LARGE_BODY_BYTES = 1024 * 1024
-"""To read a megabyte of JSON takes about 10 ms."""
-
-MAX_HOPS = 4
-"""A balancer may well be another one's worker; more of them in a row are a circle."""
-
-PRIORITY_HEADER = "X-Priority"
-"""A request's class, by name. Goes on to the worker, which may be a balancer too; others ignore it."""
-
-_HARMLESS_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_REQUEST_ID = web.RequestKey("request_id", str)
-_STORY = web.RequestKey("story", Story)
+HIGH_WATER_BYTES = 64 * 1024
+"""Of an answer that its client has yet to read, before its worker is held up."""
 
 
 @dataclass(frozen=True, slots=True)
 class FrontPolicy:
-    max_body_bytes: int = 32 * 1024 * 1024
-    max_held_bytes: int = 512 * 1024 * 1024
-    """Of all requests that wait or run."""
     body_seconds: float = 30.0
     """For the whole body to arrive, once the head has."""
-    sources: Sources = field(default_factory=Sources)
-    """Who is served at all."""
+    slow_reader_seconds: float = 60.0
+    """A client that reads nothing of what waits for it for so long is dropped."""
 
 
 class Front:
@@ -76,39 +60,38 @@ class Front:
 
     def __init__(
         self,
-        journey: Journey,
+        inference: Inference,
         policy: FrontPolicy,
         *,
         snapshot: Callable[[], Snapshot],
+        drain: Callable[[WorkerId, bool], bool],
         join: Callable[[Join, str], None],
         find: Callable[[str], Served | None],
         metrics: Metrics | None,
-        secret: bytes,
     ) -> None:
-        """`join`: what to do with an agent that asks to be watched, and its address. `find`: a finished
-        request by its id. `metrics`: None where they are switched off. `secret`: at most 64 bytes, for
-        digests of prompts and keys that tell nothing to others."""
-        self._journey = journey
+        """`drain`: lets a worker get nothing new, or takes that back; False: there is no such worker. `join`:
+        what to do with an agent that asks to be watched, and its address. `find`: a finished request by its
+        id. `metrics`: None where they are switched off."""
+        self._inference = inference
         self._policy = policy
         self._snapshot = snapshot
+        self._drain = drain
         self._join = join
         self._find = find
         self._metrics = metrics
-        self._secret = secret
-        self.draining = False
-        """Set when the balancer is about to end: nothing new is taken, connections are not kept."""
-        self._held_bytes = 0
 
     def application(self) -> web.Application:
-        app = web.Application(client_max_size=self._policy.max_body_bytes, middlewares=[self._guarded])
+        app = web.Application(client_max_size=self._inference.policy.max_body_bytes, middlewares=[self._guarded])
         for endpoint in Endpoint:
-            app.router.add_post(endpoint.value, self._inference(endpoint))
+            app.router.add_post(endpoint.value, self._answering(endpoint))
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/models/{model:.+}", self._model)
         app.router.add_get("/health", self._health)
         app.router.add_get("/readyz", self._ready)
         app.router.add_get("/metrics", self._scrape)
         app.router.add_get("/admin/requests/{id}/why", self._why)
+        app.router.add_post("/admin/workers/{id}/drain", self._draining(on=True))
+        app.router.add_post("/admin/workers/{id}/resume", self._draining(on=False))
         app.router.add_post(JOIN_PATH, self._joining)
         return app
 
@@ -116,97 +99,42 @@ class Front:
     async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Who may ask at all, and every error in the form that clients read."""
         try:
-            if request.remote is not None and not self._policy.sources.admit(request.remote):
-                raise Forbidden(
-                    f"{request.remote} is no private address. To have its network served, name it in the "
-                    "balancer's setting allow_networks."
-                )
+            if request.remote is not None:
+                self._inference.insist_on_source(request.remote)
             response = await handler(request)
-        except (ClientLeft, ConnectionError):
+        except ConnectionError:
             raise asyncio.CancelledError from None  # nobody is left to be answered
         except Exception as error:
             refusal = _as_refusal(request, error)
-            if _STORY not in request:  # what has a story is told by its end
-                log.info(
-                    "%s %s %s refused: %d %s",
-                    *(request.remote, request.method, ascii(request.path), refusal.status),
-                    refusal.code or refusal.type,
-                )
-            response = _refused(request, refusal)
+            log.info(
+                "%s %s %s refused: %d %s",
+                *(request.remote, request.method, ascii(request.path), refusal.status),
+                refusal.code or refusal.type,
+            )
+            response = web.Response(
+                body=openai.error_body(refusal),
+                status=refusal.status,
+                headers=refusal_headers(request_id(_headers(request)), refusal),
+            )
             if isinstance(error, web.HTTPMethodNotAllowed):
                 response.headers["Allow"] = ", ".join(sorted(error.allowed_methods))
-        if self.draining:
+        if self._inference.draining:
             response.force_close()
         return response
 
     # Inference
 
-    def _inference(self, endpoint: Endpoint) -> Handler:
+    def _answering(self, endpoint: Endpoint) -> Handler:
         async def handle(request: web.Request) -> web.StreamResponse:
-            if _hops(request) >= MAX_HOPS:
-                raise LoopDetected(
-                    f"The request has passed {MAX_HOPS} balancers: some of them name each other as workers."
-                )
-            if self.draining:
-                raise ShuttingDown("This balancer is about to stop. Try again in a moment.")
-            named_class = _class_in(request)
+            admitted = self._inference.admit(Head(endpoint, _headers(request), request.remote or ""))
             body = await self._body(request)
-            with self._holding(len(body)):
-                asked = await _parsed(endpoint, body, self._secret)
-                del body  # from here on it is held as what goes to a worker
-                story = self._story(request, named_class or asked.service_class)
-                request[_STORY] = story
-                if asked.stream:
-                    return await self._stream(request, asked, story)
-                answer = await self._journey.serve(asked, story, None)
-            return web.Response(
-                body=answer, content_type="application/json", headers=_headers(story, len(story.attempts))
-            )
+            client = _Client(request, self._policy.slow_reader_seconds)
+            return await client.sent(self._inference.answer(admitted, body, client))
 
         return handle
 
-    def _story(self, request: web.Request, service_class: ServiceClass) -> Story:
-        request_id = _request_id(request)
-        passed_on = {
-            REQUEST_ID_HEADER: request_id,
-            HOPS_HEADER: str(_hops(request) + 1),
-            PRIORITY_HEADER: service_class.value,
-        }
-        asker = _digest_of_key(request, self._secret)
-        return self._journey.begin(request_id, request.remote or "", passed_on, service_class, asker)
-
-    async def _stream(self, request: web.Request, asked: openai.Request, story: Story) -> web.StreamResponse:
-        delivery = _EventStream(request, story)
-        try:
-            await self._journey.serve(asked, story, delivery)
-        except RequestError as error:
-            if delivery.response is None:
-                raise
-            # Too late for a status: an error event and no end mark, which SDKs raise as an exception.
-            await delivery.write(event(openai.error_body(error)))
-        response = delivery.response
-        if response is None:
-            raise ClientLeft
-        await response.write_eof()
-        return response
-
-    @contextmanager
-    def _holding(self, size: int) -> Iterator[None]:
-        """Counts the bytes of all that waits or runs: a line of a thousand long papers is bounded too."""
-        if self._held_bytes + size > self._policy.max_held_bytes:
-            raise QueueFull("Too many long requests are under way. Try again in 5 s.", 5.0)
-        self._held_bytes += size
-        try:
-            yield
-        finally:
-            self._held_bytes -= size
-
     async def _body(self, request: web.Request) -> bytes:
-        if request.headers.get("Content-Encoding", "identity").lower() != "identity":
-            # Unpacked before it could be measured, a megabyte can become hundreds (RELIABILITY D14).
-            raise UnsupportedMedia("Compressed request bodies are not accepted: leave out Content-Encoding.")
-        if request.content_type != "application/json":
-            raise UnsupportedMedia("Send the request as JSON, with 'Content-Type: application/json'.")
+        insist_on_plain_json(_headers(request))
         try:
             async with asyncio.timeout(self._policy.body_seconds):
                 return await request.read()
@@ -215,10 +143,7 @@ class Front:
                 f"The request body did not arrive within {self._policy.body_seconds:g} s."
             ) from None
         except web.HTTPRequestEntityTooLarge:
-            raise BodyTooLarge(
-                f"The request body is larger than {self._policy.max_body_bytes} bytes; "
-                "the limit is the setting max_body_mib."
-            ) from None
+            raise self._inference.too_large() from None
 
     # The room
 
@@ -240,7 +165,7 @@ class Front:
         """200 once a request could be served: for load balancers, service managers and scripts."""
         room = self._snapshot()
         workers = sum(view.state == "ready" for view in room.workers)
-        ready = workers > 0 and not self.draining
+        ready = workers > 0 and not self._inference.draining
         body = {"ready": ready, "workers_ready": workers, "workers": len(room.workers)}
         return _json(body, status=200 if ready else 503)
 
@@ -258,6 +183,17 @@ class Front:
             )
         return _json(why(served))
 
+    def _draining(self, *, on: bool) -> Handler:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            _insist_on_this_machine(request)
+            await self._body(request)
+            worker_id = WorkerId(request.match_info["id"])
+            if not self._drain(worker_id, on):
+                raise NotFound("There is no worker of that id: `balancer workers` lists them.")
+            return _json({"worker": worker_id, "draining": on})
+
+        return handle
+
     async def _joining(self, request: web.Request) -> web.Response:
         try:
             join = parse_join(await self._body(request))
@@ -267,69 +203,94 @@ class Front:
         return _json({"joined": join.id})
 
 
-class _EventStream:
-    """A client's stream of events: begun with the first piece of the answer, not before, so that until then
-    an error keeps its status."""
+class _Client:
+    """A client of aiohttp's server: what is written for it waits here for the handler, which sends it."""
 
-    def __init__(self, request: web.Request, story: Story) -> None:
+    def __init__(self, request: web.Request, slow_reader_seconds: float) -> None:
         self._request = request
-        self._story = story
-        self.response: web.StreamResponse | None = None
+        self._slow_reader_seconds = slow_reader_seconds
+        self._response: web.StreamResponse | None = None
+        self._pieces: list[bytes] = []
+        self._bytes = 0
+        self._ended = False
+        self._news = asyncio.Event()
+        self._pause: Callable[[], None] = lambda: None
+        self._resume: Callable[[], None] = lambda: None
 
-    @property
-    def begun(self) -> bool:
-        return self.response is not None
+    def begin(self, status: int, headers: Mapping[str, str], length: int | None) -> None:
+        self._response = web.StreamResponse(status=status, headers=headers)
+        self._response.content_length = length
 
-    async def send(self, worker: Worker, data: bytes) -> None:
-        if self.response is None:
-            self.response = web.StreamResponse(
-                headers={
-                    "Content-Type": "text/event-stream; charset=utf-8",
-                    "Cache-Control": "no-cache",
-                    "X-Accel-Buffering": "no",  # nginx would hold the stream back
-                    **_headers(self._story, len(self._story.attempts) + 1),
-                }
-            )
-            try:
-                await self.response.prepare(self._request)
-            except ConnectionError as error:
-                raise ClientLeft from error
-        await self.write(data)
+    def write(self, data: bytes) -> None:
+        self._pieces.append(data)
+        self._bytes += len(data)
+        self._news.set()
+        if self._bytes > HIGH_WATER_BYTES:
+            self._pause()
 
-    async def write(self, data: bytes) -> None:
-        if self.response is not None:
-            try:
-                await self.response.write(data)
-            except ConnectionError as error:
-                raise ClientLeft from error
+    def end(self) -> None:
+        self._ended = True
+        self._news.set()
+
+    def on_room(self, pause: Callable[[], None], resume: Callable[[], None]) -> None:
+        self._pause, self._resume = pause, resume
+        if self._bytes > HIGH_WATER_BYTES:
+            pause()
+
+    async def sent(self, answering: Coroutine[None, None, None]) -> web.StreamResponse:
+        """Sends what `answering` writes, until that is whole; ends it if the client leaves."""
+        task = asyncio.ensure_future(answering)
+        task.add_done_callback(lambda _: self._news.set())
+        try:
+            while not self._ended:
+                await self._news.wait()
+                self._news.clear()
+                await self._send()
+                if task.done() and not self._ended:
+                    break
+            await task
+            response = self._response
+            if response is None:
+                raise asyncio.CancelledError
+            await self._send()
+            await response.write_eof()
+            return response
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+    async def _send(self) -> None:
+        response = self._response
+        if response is None or not self._pieces:
+            return
+        if not response.prepared:
+            await response.prepare(self._request)
+        data = b"".join(self._pieces)
+        self._pieces.clear()
+        try:
+            async with asyncio.timeout(self._slow_reader_seconds):
+                await response.write(data)
+        except TimeoutError:
+            if self._request.transport is not None:
+                self._request.transport.abort()
+            raise asyncio.CancelledError from None
+        self._bytes -= len(data)
+        if self._bytes <= HIGH_WATER_BYTES:
+            self._resume()
 
 
-async def _parsed(endpoint: Endpoint, body: bytes, secret: bytes) -> openai.Request:
-    """Off the loop where it takes long enough to be felt by others."""
-    if len(body) <= LARGE_BODY_BYTES:
-        return openai.parse(endpoint, body, secret)
-    return await asyncio.to_thread(openai.parse, endpoint, body, secret)
+def _headers(request: web.Request) -> Mapping[str, str]:
+    """By names in lower case; of one that came twice, the last."""
+    return {name.lower(): value for name, value in request.headers.items()}
 
 
-def _class_in(request: web.Request) -> ServiceClass | None:
-    """As the header names it; None: it does not."""
-    name = request.headers.get(PRIORITY_HEADER)
-    if name is None:
-        return None
-    try:
-        return ServiceClass(name.strip().lower())
-    except ValueError:
-        names = " or ".join(repr(known.value) for known in ServiceClass)
-        raise BadRequest(f"The header {PRIORITY_HEADER} must be {names}, or left out.") from None
-
-
-def _digest_of_key(request: web.Request, secret: bytes) -> str:
-    """What tells clients with different API keys apart; empty: it came without one."""
-    scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not key.strip():
-        return ""
-    digest = hashlib.blake2b(key.strip().encode("utf-8", "surrogateescape"), digest_size=8, key=secret)
-    return f"key {digest.hexdigest()}"
+def _insist_on_this_machine(request: web.Request) -> None:
+    """Until there are keys, only who sits at this machine changes anything; and no web page does."""
+    if not is_loopback(request.remote or ""):
+        raise Forbidden("This can be asked for on the balancer's own machine only.")
+    if "Origin" in request.headers or "Sec-Fetch-Site" in request.headers:
+        raise Forbidden("This can't be asked for by a web page.")
 
 
 def _as_refusal(request: web.Request, error: Exception) -> RequestError:
@@ -346,67 +307,7 @@ def _as_refusal(request: web.Request, error: Exception) -> RequestError:
             return MethodNotAllowed(f"{request.path} takes {', '.join(sorted(error.allowed_methods))}.")
         case web.HTTPException() if 400 <= error.status < 500:
             return BadRequest(f"The request is not right: {error.reason}.")
-    log.error(
-        "a defect of the balancer, in answering %s %s", request.method, ascii(request.path), exc_info=error
-    )
-    return RequestError("The balancer failed; its log says where.")
-
-
-def _refused(request: web.Request, error: RequestError) -> web.Response:
-    headers = {REQUEST_ID_HEADER: _request_id(request)}
-    if error.retry_after is not None:
-        headers["Retry-After"] = str(math.ceil(error.retry_after))
-    return web.Response(
-        body=openai.error_body(error), status=error.status, content_type="application/json", headers=headers
-    )
-
-
-def _request_id(request: web.Request) -> str:
-    """The client's own id where it is harmless in a log and a header, else one of ours."""
-    known = request.get(_REQUEST_ID)
-    if known is None:
-        theirs = request.headers.get(REQUEST_ID_HEADER, "")
-        known = theirs if _HARMLESS_ID.fullmatch(theirs) else f"req_{uuid.uuid4().hex}"
-        request[_REQUEST_ID] = known
-    return known
-
-
-def _hops(request: web.Request) -> int:
-    value = request.headers.get(HOPS_HEADER, "0")
-    return int(value) if value.isascii() and value.isdigit() and len(value) <= 4 else 0
-
-
-def _headers(story: Story, attempts: int) -> dict[str, str]:
-    """Where the answer comes from, and why. `attempts`: the one that answers included."""
-    return {
-        REQUEST_ID_HEADER: story.request_id,
-        "X-Balancer-Worker": story.worker.id if story.worker else "",
-        "X-Balancer-Model": story.model or "",
-        "X-Balancer-Attempts": str(attempts),
-        "X-Balancer-Reason": _reason(story.choice) if story.choice else "",
-        "X-Balancer-Queue-Ms": str(round(story.queue_seconds * 1000)),
-    }
-
-
-def _reason(choice: Choice) -> str:
-    """A decision in a line, for people."""
-    if not choice.candidates:
-        return choice.because
-    share = share_of(choice, choice.worker_id)
-    reason = f"picked with a chance of {share:.0%} among {len(choice.candidates)}"
-    picked = next((one for one in choice.candidates if one.worker_id == choice.worker_id), None)
-    if picked is not None:
-        reason += _expectation(picked)
-    return f"{choice.because}; {reason}" if choice.because else reason
-
-
-def _expectation(picked: Candidate) -> str:
-    words = ""
-    if picked.expected_seconds is not None:
-        words += f", expected to cost {picked.expected_seconds:.3g} s"
-    if picked.cached_tokens:
-        words += f", taken to remember {picked.cached_tokens} tokens of the prompt"
-    return words
+    return as_refusal(error)
 
 
 def room_body(room: Snapshot) -> Mapping[str, object]:

@@ -28,7 +28,7 @@ from balancer.core.errors import (
     ShuttingDown,
     UnsupportedMedia,
 )
-from balancer.core.model import Candidate, Choice, Endpoint, ServiceClass, Worker
+from balancer.core.model import Candidate, Choice, Endpoint, ServiceClass
 from balancer.dialects import openai
 from balancer.dialects.framing import event
 from balancer.history import share_of
@@ -47,6 +47,12 @@ MAX_HOPS = 4
 PRIORITY_HEADER = "X-Priority"
 """A request's class, by name. Goes on to the worker, which may be a balancer too; others ignore it."""
 
+COMMENT_GAP_SECONDS = 10.0
+"""Between two comments to a client that waits; the first may come sooner."""
+
+_REQUEST_ID, _HOPS, _PRIORITY = (
+    name.lower() for name in (REQUEST_ID_HEADER, HOPS_HEADER, PRIORITY_HEADER)
+)
 _HARMLESS_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 JSON_TYPE = "application/json"
@@ -64,6 +70,8 @@ class InferencePolicy:
     """Of all requests that wait or run."""
     sources: Sources = field(default_factory=Sources)
     """Who is served at all."""
+    comment_seconds: float = 5.0
+    """A streaming client that has waited so long is told why, in a comment; 0: never."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +110,13 @@ class Client(Protocol):
         ...
 
 
+class Holdable(Protocol):
+    """What can be held up while a client reads slowly."""
+
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Admitted:
     """A request whose head was found to be right; its body may be read."""
@@ -110,3 +125,282 @@ class Admitted:
     request_id: str
     hops: int
     named_class: ServiceClass | None
+
+
+class Inference:
+    """What all servers of the inference routes share."""
+
+    def __init__(self, journey: Journey, policy: InferencePolicy, *, secret: bytes) -> None:
+        """`secret`: at most 64 bytes, for digests of prompts and keys that tell nothing to others."""
+        self.policy = policy
+        self._journey = journey
+        self._secret = secret
+        self.draining = False
+        """Set when the balancer is about to end: nothing new is taken, connections are not kept."""
+        self._held_bytes = 0
+        self._sources: dict[str, bool] = {}
+
+    # Before the body is read
+
+    def insist_on_source(self, remote: str) -> None:
+        """Raises `Forbidden` for who is not served at all."""
+        admitted = self._sources.get(remote)
+        if admitted is None:
+            if len(self._sources) >= 4096:
+                self._sources.clear()
+            admitted = self._sources[remote] = self.policy.sources.admit(remote)
+        if not admitted:
+            raise Forbidden(
+                f"{remote} is no private address. To have its network served, name it in the "
+                "balancer's setting allow_networks."
+            )
+
+    def admit(self, head: Head) -> Admitted:
+        """Raises a `RequestError` for a request that need not be read any further."""
+        headers = head.headers
+        self.insist_on_source(head.remote)
+        hops = _hops(headers.get(_HOPS, "0"))
+        if hops >= MAX_HOPS:
+            raise LoopDetected(
+                f"The request has passed {MAX_HOPS} balancers: some of them name each other as workers."
+            )
+        if self.draining:
+            raise ShuttingDown("This balancer is about to stop. Try again in a moment.")
+        named_class = _class_in(headers.get(_PRIORITY))
+        insist_on_plain_json(headers)
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length) > self.policy.max_body_bytes:
+            raise self.too_large()
+        return Admitted(head, request_id(headers), hops, named_class)
+
+    def too_large(self) -> BodyTooLarge:
+        return BodyTooLarge(
+            f"The request body is larger than {self.policy.max_body_bytes} bytes; "
+            "the limit is the setting max_body_mib."
+        )
+
+    # With it
+
+    async def answer(self, admitted: Admitted, body: bytes, client: Client) -> None:
+        """Writes one answer, whatever comes of the request. Cancelled when the client left."""
+        story = None
+        delivery = None
+        try:
+            with self._holding(len(body)):
+                asked = await _parsed(admitted.head.endpoint, body, self._secret)
+                del body  # from here on it is held as what goes to a worker
+                story = self._story(admitted, asked)
+                if asked.stream:
+                    delivery = _Delivery(client, story, self._journey, self.policy.comment_seconds)
+                answer = await self._journey.serve(asked, story, delivery)
+            if delivery is not None:
+                client.end()
+            elif answer is not None:
+                client.begin(200, {"Content-Type": JSON_TYPE, **_answered_by(story, 0)}, len(answer))
+                client.write(answer)
+                client.end()
+        except Exception as error:
+            refusal = as_refusal(error)
+            if story is None:  # what has a story is told by its end
+                self.note(admitted.head, refusal)
+            if delivery is not None and delivery.open:
+                # Too late for a status: an error event and no end mark, which SDKs raise as an exception.
+                client.write(event(openai.error_body(refusal)))
+                client.end()
+            else:
+                refuse(admitted.request_id, refusal, client)
+        finally:
+            if delivery is not None:
+                delivery.close()
+
+    def note(self, head: Head, refusal: RequestError) -> None:
+        """One line in the log for a request that was refused before it had a story."""
+        log.info(
+            "%s POST %s refused: %d %s",
+            *(head.remote, head.endpoint.value, refusal.status, refusal.code or refusal.type),
+        )
+
+    def _story(self, admitted: Admitted, asked: openai.Request) -> Story:
+        head = admitted.head
+        service_class = admitted.named_class or asked.service_class
+        passed_on = {
+            REQUEST_ID_HEADER: admitted.request_id,
+            HOPS_HEADER: str(admitted.hops + 1),
+            PRIORITY_HEADER: service_class.value,
+        }
+        asker = _digest_of_key(head.headers.get("authorization"), self._secret)
+        return self._journey.begin(admitted.request_id, head.remote, passed_on, service_class, asker)
+
+    @contextmanager
+    def _holding(self, size: int) -> Iterator[None]:
+        """Counts the bytes of all that waits or runs: a line of a thousand long papers is bounded too."""
+        if self._held_bytes + size > self.policy.max_held_bytes:
+            raise QueueFull("Too many long requests are under way. Try again in 5 s.", 5.0)
+        self._held_bytes += size
+        try:
+            yield
+        finally:
+            self._held_bytes -= size
+
+
+class _Delivery:
+    """A client's stream of events: begun with the first piece of the answer, or when the client has waited
+    long enough to be told why; until then an error keeps its status."""
+
+    def __init__(self, client: Client, story: Story, journey: Journey, comment_seconds: float) -> None:
+        self._client = client
+        self._story = story
+        self._journey = journey
+        self._comment_seconds = comment_seconds
+        self._exchange: Holdable | None = None
+        self._behind = False
+        self.open = False
+        """The head was sent."""
+        self._comments: asyncio.TimerHandle | None = None
+        if comment_seconds:
+            self._comments = asyncio.get_running_loop().call_later(comment_seconds, self._comment)
+
+    def send(self, data: bytes) -> None:
+        if self._comments is not None:
+            self._comments.cancel()
+            self._comments = None
+        if not self.open:
+            self._begin(_answered_by(self._story, 1))
+        self._client.write(data)
+
+    def comes_from(self, exchange: Holdable | None) -> None:
+        self._exchange = exchange
+        if exchange is not None and self._behind:
+            exchange.pause()
+
+    def close(self) -> None:
+        if self._comments is not None:
+            self._comments.cancel()
+
+    def _begin(self, answered_by: Mapping[str, str]) -> None:
+        self.open = True
+        self._client.begin(200, {**STREAM_HEADERS, **answered_by}, None)
+        self._client.on_room(self._pause, self._resume)
+
+    def _comment(self) -> None:
+        if not self.open:
+            self._begin({REQUEST_ID_HEADER: self._story.request_id})
+        self._client.write(f": {self._journey.whereabouts(self._story)}\n\n".encode())
+        self._comments = asyncio.get_running_loop().call_later(
+            max(self._comment_seconds, COMMENT_GAP_SECONDS), self._comment
+        )
+
+    def _pause(self) -> None:
+        self._behind = True
+        if self._exchange is not None:
+            self._exchange.pause()
+
+    def _resume(self) -> None:
+        self._behind = False
+        if self._exchange is not None:
+            self._exchange.resume()
+
+
+async def _parsed(endpoint: Endpoint, body: bytes, secret: bytes) -> openai.Request:
+    """Off the loop where it takes long enough to be felt by others."""
+    if len(body) <= LARGE_BODY_BYTES:
+        return openai.parse(endpoint, body, secret)
+    return await asyncio.to_thread(openai.parse, endpoint, body, secret)
+
+
+def insist_on_plain_json(headers: Mapping[str, str]) -> None:
+    """Raises `UnsupportedMedia`."""
+    if headers.get("content-encoding", "identity").lower() != "identity":
+        # Unpacked before it could be measured, a megabyte can become hundreds (RELIABILITY D14).
+        raise UnsupportedMedia("Compressed request bodies are not accepted: leave out Content-Encoding.")
+    if headers.get("content-type", "").partition(";")[0].strip().lower() != JSON_TYPE:
+        raise UnsupportedMedia("Send the request as JSON, with 'Content-Type: application/json'.")
+
+
+def request_id(headers: Mapping[str, str]) -> str:
+    """The client's own id where it is harmless in a log and a header, else one of ours."""
+    theirs = headers.get(_REQUEST_ID, "")
+    return theirs if _HARMLESS_ID.fullmatch(theirs) else f"req_{uuid.uuid4().hex}"
+
+
+def _hops(value: str) -> int:
+    return int(value) if value.isascii() and value.isdigit() and len(value) <= 4 else 0
+
+
+def _class_in(name: str | None) -> ServiceClass | None:
+    """As the header names it; None: it does not."""
+    if name is None:
+        return None
+    try:
+        return ServiceClass(name.strip().lower())
+    except ValueError:
+        names = " or ".join(repr(known.value) for known in ServiceClass)
+        raise BadRequest(f"The header {PRIORITY_HEADER} must be {names}, or left out.") from None
+
+
+def _digest_of_key(authorization: str | None, secret: bytes) -> str:
+    """What tells clients with different API keys apart; empty: it came without one."""
+    scheme, _, key = (authorization or "").partition(" ")
+    if scheme.lower() != "bearer" or not key.strip():
+        return ""
+    digest = hashlib.blake2b(key.strip().encode("utf-8", "surrogateescape"), digest_size=8, key=secret)
+    return f"key {digest.hexdigest()}"
+
+
+# What is answered
+
+
+def as_refusal(error: Exception) -> RequestError:
+    """Any error as one that has a form for clients."""
+    if isinstance(error, RequestError):
+        return error
+    log.error("a defect of the balancer, in answering a request", exc_info=error)
+    return RequestError("The balancer failed; its log says where.")
+
+
+def refuse(request_id: str, error: RequestError, client: Client) -> None:
+    """An error as the whole answer."""
+    body = openai.error_body(error)
+    client.begin(error.status, refusal_headers(request_id, error), len(body))
+    client.write(body)
+    client.end()
+
+
+def refusal_headers(request_id: str, error: RequestError) -> dict[str, str]:
+    headers = {"Content-Type": JSON_TYPE, REQUEST_ID_HEADER: request_id}
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(math.ceil(error.retry_after))
+    return headers
+
+
+def _answered_by(story: Story, under_way: int) -> dict[str, str]:
+    """Where the answer comes from, and why. `under_way`: attempts that have not ended yet."""
+    return {
+        REQUEST_ID_HEADER: story.request_id,
+        "X-Balancer-Worker": story.worker.id if story.worker else "",
+        "X-Balancer-Model": story.model or "",
+        "X-Balancer-Attempts": str(len(story.attempts) + under_way),
+        "X-Balancer-Reason": _reason(story.choice) if story.choice else "",
+        "X-Balancer-Queue-Ms": str(round(story.queue_seconds * 1000)),
+    }
+
+
+def _reason(choice: Choice) -> str:
+    """A decision in a line, for people."""
+    if not choice.candidates:
+        return choice.because
+    share = share_of(choice, choice.worker_id)
+    reason = f"picked with a chance of {share:.0%} among {len(choice.candidates)}"
+    picked = next((one for one in choice.candidates if one.worker_id == choice.worker_id), None)
+    if picked is not None:
+        reason += _expectation(picked)
+    return f"{choice.because}; {reason}" if choice.because else reason
+
+
+def _expectation(picked: Candidate) -> str:
+    words = ""
+    if picked.expected_seconds is not None:
+        words += f", expected to cost {picked.expected_seconds:.3g} s"
+    if picked.cached_tokens:
+        words += f", taken to remember {picked.cached_tokens} tokens of the prompt"
+    return words

@@ -1,8 +1,9 @@
-"""One request's life: admit, place, relay, retry, account. Read this first.
+"""One request's life: admit, place, relay, retry or continue, account. Read this first.
 
     ask -> a place in line -> a slot on a worker -> one attempt -> answered
              ^                                          |
-             +---- after a pause, elsewhere ------------+---- or an error in the client's words
+             +---- elsewhere, from the beginning -------+
+             +---- elsewhere, from where it broke ------+---- or an error in the client's words
 
 A slot may be for less than an attempt: a part of the prompt is read ahead, and the ask goes back into its
 place in line. Or there may be a second one for the same ask, on another worker: the first answer counts.
@@ -17,14 +18,20 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 
+from balancer import continuation
+from balancer.continuation import Kept, Seam
+from balancer.core.budget import RetryBudget
 from balancer.core.choosing import Chance
 from balancer.core.errors import (
     BadRequest,
     ModelNotFound,
     NoRoom,
+    Quarantined,
     QueueFull,
     RequestError,
+    StreamBroken,
     TimedOut,
     WorkerFailed,
 )
@@ -32,20 +39,24 @@ from balancer.core.model import (
     Ask,
     Attempt,
     Choice,
+    Endpoint,
     ModelName,
     Needs,
     Refusal,
     Refuse,
     Served,
     ServiceClass,
+    Ticket,
     Verdict,
     Worker,
     WorkerId,
 )
-from balancer.core.retry import CAUSES, Cause, RetryPolicy, Tried, after
-from balancer.dialects.openai import Request
+from balancer.core.quarantine import Quarantine
+from balancer.core.retry import CAUSES, MAX_CRASHES, Cause, RetryPolicy, Tried, after, is_poison
+from balancer.dialects.framing import event
+from balancer.dialects.openai import DONE, Request
 from balancer.leases import Abandoned, Lease, Leases, Refused, Stop
-from balancer.relay import Delivery, Outcome, Progress, Relay
+from balancer.relay import Delivery, Outcome, Progress, Relay, Stream
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +81,8 @@ class JourneyPolicy:
     """In line, per attempt."""
     max_wait_batch_seconds: float = 86_400.0
     """The same for asks of class batch, which wait for what others leave."""
+    continues: bool = True
+    """A streamed answer whose worker fails goes on at another one, where that can be done."""
 
 
 @dataclass(slots=True)
@@ -93,20 +106,38 @@ class Story:
     """As this worker calls it."""
     queue_seconds: float = 0.0
     warm_ups: int = 0
+    continued: int = 0
+    """How often a streamed answer went on at another worker."""
+    waits: Ticket | None = None
+    """Its number in line, while it stands there."""
 
     def with_worker(self, worker: Worker, choice: Choice, model: ModelName) -> None:
         self.worker, self.choice, self.model = worker, choice, model
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Call:
     """What all attempts at a request have in common."""
 
     request: Request
     story: Story
-    delivery: Delivery | None
+    stream: Stream | None
     limit: asyncio.Timeout
+    sends: Request
+    """What a worker is sent: the request, or what asks for the rest of the answer."""
+    kin: str | None = None
+    """Of the model that has begun the answer."""
     failed: list[Tried] = field(default_factory=list)
+    ended: RequestError | None = None
+    """Why it was ended before its time."""
+
+    @property
+    def begun(self) -> bool:
+        """A part of the answer has reached the client."""
+        return self.stream is not None and self.stream.begun
+
+    def note_ticket(self, ticket: Ticket) -> None:
+        self.story.waits = ticket
 
 
 class Journey:
@@ -127,6 +158,9 @@ class Journey:
         self._clock = clock
         self._chance = chance
         self._observers = observers
+        self._budget = RetryBudget()
+        self._quarantine = Quarantine()
+        self._calls: set[_Call] = set()
         self._under_way = 0
         self.idle = asyncio.Event()
         """Set while nothing is under way."""
@@ -159,6 +193,8 @@ class Journey:
         self._under_way += 1
         self.idle.clear()
         try:
+            self._insist_on_no_poison(request)
+            self._budget.arrived(story.began)
             answer = await self._answer(request, story, delivery)
             status, error = 200, ""
             return answer
@@ -174,37 +210,124 @@ class Journey:
                 self.idle.set()
             self._account(request, story, status, error)
 
+    def end_all(self, error: RequestError) -> None:
+        """Whatever is under way ends now, and its client is told so."""
+        now = self._clock()
+        for call in self._calls:
+            call.ended = call.ended or error
+            call.limit.reschedule(now)
+
+    def whereabouts(self, story: Story) -> str:
+        """What a client that waits for the first word may be told, in a line."""
+        standing = self._leases.standing(story.waits) if story.waits is not None else None
+        if standing is not None:
+            eta = "" if standing.eta_seconds is None else f" eta={standing.eta_seconds:.0f}s"
+            return f"queued position={standing.position}{eta}"
+        return f"prefilling worker={story.worker.id}" if story.worker is not None else "waiting"
+
     async def _answer(self, request: Request, story: Story, delivery: Delivery | None) -> bytes | None:
-        needs = Needs(model=request.model, endpoint=request.endpoint)
+        stream = None if delivery is None else Stream(delivery, self._to_keep(request))
+        call: _Call | None = None
         try:
             async with asyncio.timeout(None) as limit:
-                call = _Call(request, story, delivery, limit)
-                while True:
-                    outcome = await self._attempt(call, needs)
-                    if outcome is None:
-                        continue
-                    if outcome.cause is None:
-                        return outcome.answer
-                    again = after(self._policy.retry, call.failed, self._chance.random())
-                    if again is None:
-                        raise _failure(outcome, call.failed[-1].worker_id, len(call.failed))
-                    await asyncio.sleep(again.delay)
-                    needs = replace(needs, avoid=again.avoid)
+                call = _Call(request, story, stream, limit, sends=request)
+                self._calls.add(call)
+                return await self._attempts(call)
         except TimeoutError:
-            if not limit.expired():
+            if call is None or not limit.expired():
                 raise
+            if call.ended is not None:
+                raise call.ended from None
             is_batch = story.service_class is ServiceClass.BATCH
             setting = "request_timeout_batch" if is_batch else "REQUEST_TIMEOUT"
             raise TimedOut(
                 f"No whole answer within {self._longest_answer(story):g} s. "
                 f"Ask for fewer tokens, or raise {setting}."
             ) from None
+        finally:
+            if call is not None:
+                self._calls.discard(call)
+
+    async def _attempts(self, call: _Call) -> bytes | None:
+        """One attempt after the other, until the answer is whole or nothing more may be tried."""
+        request = call.request
+        needs = Needs(model=request.model, endpoint=request.endpoint)
+        while True:
+            outcome = await self._attempt(call, needs)
+            if outcome is None:
+                continue
+            if outcome.cause is None:
+                return outcome.answer
+            if call.begun and not self._goes_on(call, outcome):
+                return None
+            again = after(self._policy.retry, call.failed, self._chance.random())
+            if again is None or not self._budget.take(self._clock()):
+                raise self._given_up(call, outcome)
+            if again.delay:
+                await asyncio.sleep(again.delay)
+            needs = replace(needs, avoid=again.avoid, kin=call.kin if call.begun else None)
+
+    # An answer that broke off
+
+    def _to_keep(self, request: Request) -> Kept | None:
+        """Where to keep what comes of a streamed answer; None: it could not go on elsewhere anyway."""
+        if not self._policy.continues or request.choices != 1 or request.endpoint is Endpoint.EMBEDDINGS:
+            return None
+        return Kept(request.endpoint)
+
+    def _goes_on(self, call: _Call, outcome: Outcome) -> bool:
+        """Gets everything ready for going on where the answer broke off. False: it was whole but for its
+        end, which the client now has. Raises `StreamBroken`."""
+        stream = call.stream
+        assert stream is not None
+        kept = stream.kept
+        if kept is None:
+            why = "" if self._policy.continues else "continue_streams is off"
+            raise _broken(outcome, why or continuation.obstacle(call.request))
+        if kept.finish_reason is None:
+            obstacle = continuation.obstacle(call.request) or kept.obstacle
+            if obstacle is not None:
+                raise _broken(outcome, obstacle)
+        if kept.finish_reason is not None or continuation.tokens_left(call.request, kept) == 0:
+            for data in continuation.ending(kept, "length", call.request.usage_wanted):
+                stream.delivery.send(event(data))
+            stream.delivery.send(event(DONE))
+            return False
+        if call.story.continued >= continuation.MAX_CONTINUATIONS:
+            raise _broken(outcome, f"it was continued {call.story.continued} times already")
+        call.story.continued += 1
+        stream.seam = Seam(call.request, kept)
+        call.sends = continuation.continuation(call.request, kept)
+        return True
+
+    # What must not be tried again
+
+    def _insist_on_no_poison(self, request: Request) -> None:
+        if self._quarantine:
+            seconds = self._quarantine.seconds_left(_fingerprint(request), self._clock())
+            if seconds:
+                raise Quarantined(MAX_CRASHES, seconds)
+
+    def _given_up(self, call: _Call, outcome: Outcome) -> RequestError:
+        """What the client is told after the last attempt that was allowed."""
+        if is_poison(call.failed):
+            now, fingerprint = self._clock(), _fingerprint(call.request)
+            self._quarantine.block(fingerprint, now)
+            return Quarantined(MAX_CRASHES, self._quarantine.seconds_left(fingerprint, now))
+        if call.begun:
+            return _broken(outcome, f"{len(call.failed)} attempts failed")
+        return _failure(outcome, call.failed[-1].worker_id, len(call.failed))
+
+    # One slot ...
 
     async def _attempt(self, call: _Call, needs: Needs) -> Outcome | None:
         """None: a part of the prompt was read ahead, and the request has yet to be answered."""
         waiting_since = self._clock()
         try:
-            async with self._leases.acquire(self._ask(call, needs, waiting_since)) as lease:
+            async with self._leases.acquire(
+                self._ask(call, needs, waiting_since), call.note_ticket
+            ) as lease:
+                call.story.waits = None
                 granted = self._clock()
                 waited = granted - waiting_since
                 call.story.queue_seconds += waited
@@ -219,6 +342,8 @@ class Journey:
                     call.limit.reschedule(None)  # the answer has not been begun
                 return None
         except Refused as refused:
+            if call.begun:
+                raise StreamBroken("no other worker of the same model and quantisation had room") from None
             raise _refused(refused.refuse, call.request, self._longest_wait(call.story)) from None
 
     def _ask(self, call: _Call, needs: Needs, now: float) -> Ask:
@@ -231,8 +356,8 @@ class Journey:
             service_class=story.service_class,
             client=story.asker,
             prompt=call.request.prompt,
-            max_output=call.request.max_output,
-            replayable=call.delivery is None,
+            max_output=call.sends.max_output,
+            replayable=call.stream is None,
         )
 
     def _longest_answer(self, story: Story) -> float:
@@ -245,7 +370,7 @@ class Journey:
             return self._policy.max_wait_batch_seconds
         return self._policy.max_wait_seconds
 
-    # One slot ...
+    # ... and what is done with it
 
     async def _warm_up(self, call: _Call, lease: Lease, waited: float) -> Outcome | None:
         """How reading ahead went, if the slot is for that. None: the slot is there for the whole request."""
@@ -260,15 +385,15 @@ class Journey:
 
     async def _answered_first(self, call: _Call, lease: Lease, waited: float) -> Outcome:
         """The request on the worker of this lease, and on further ones that may be given to it meanwhile."""
-        if call.delivery is not None:
+        if call.begun:
             return await self._relayed(call, lease, waited)
-        return await _Race(lease, lambda copy: self._relayed(call, copy, 0.0)).first()
+        return await _Race(lease, lambda copy: self._relayed(call, copy, 0.0), streams=call.stream is not None).first()
 
     async def _relayed(
         self, call: _Call, lease: Lease, waited: float, part: Request | None = None
     ) -> Outcome:
         """One attempt at the request, or at the part of it that is to be read ahead; gives the slot back."""
-        request, delivery = (call.request, call.delivery) if part is None else (part, None)
+        request, stream = (call.sends, call.stream) if part is None else (part, None)
         progress = Progress(self._clock(), lease.begin)
         lease.answer = progress
         model = lease.grant.model or request.model
@@ -277,15 +402,20 @@ class Journey:
         try:
             async with lease.held():
                 outcome = await self._relay.attempt(
-                    lease.worker, model, request, call.story.passed_on, delivery, progress
+                    lease.worker, model, request, call.story.passed_on, stream, progress
                 )
+                if outcome.cause is Cause.REJECTED and call.sends is not call.request:
+                    # The client's own request was right: it is only the rest that this worker does not take.
+                    outcome = replace(outcome, cause=Cause.CANNOT_CONTINUE)
         except Abandoned as abandoned:
-            outcome = _stopped(abandoned, delivery)
+            outcome = _stopped(abandoned)
         except (asyncio.CancelledError, ClientLeft):
             outcome = Outcome(cause=Cause.OVERDUE if call.limit.expired() else Cause.LEFT)
             raise
         finally:
             self._note(call, lease, outcome, progress, waited, is_part=part is not None)
+        if call.kin is None and call.begun and outcome.cause is not Cause.OUTRUN:
+            call.kin = lease.grant.kin
         if outcome.cause is None:  # a copy may have begun since
             call.story.with_worker(lease.worker, lease.choice, model)
         return outcome
@@ -307,8 +437,9 @@ class Journey:
         lease.settle(
             _verdict(outcome.cause, progress),
             measures,
-            unreachable=outcome.cause is Cause.UNREACHABLE,
+            unreachable=outcome.cause is Cause.UNREACHABLE or outcome.gone,
             hold_seconds=outcome.hold_seconds,
+            silent=outcome.cause is Cause.SILENT,
         )
         lease.give_back()
         if is_part and outcome.cause is None:
@@ -352,16 +483,20 @@ class Journey:
 
 
 class _Race:
-    """An attempt, and copies of it that may come while it runs."""
+    """An attempt, and copies of it that may come while it runs. A streamed answer is of who begins first,
+    any other of who is through first."""
 
-    def __init__(self, lease: Lease, attempt: Callable[[Lease], Awaitable[Outcome]]) -> None:
+    def __init__(self, lease: Lease, attempt: Callable[[Lease], Awaitable[Outcome]], *, streams: bool) -> None:
         self._lease = lease
         self._attempt = attempt
+        self._streams = streams
         self._copies: dict[asyncio.Future[Outcome], Lease] = {}
 
     async def first(self) -> Outcome:
         """The first whole answer, else the last failure. No attempt outlives this."""
         self._lease.on_copy = self._start
+        if self._streams:
+            self._lease.on_begun = self._leads
         running: set[asyncio.Future[Outcome]] = set()
         try:
             outcome = await self._attempt(self._lease)
@@ -369,7 +504,9 @@ class _Race:
             while outcome.cause is not None and running:
                 done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 for copy in done:
-                    outcome = copy.result() if outcome.cause is not None else outcome
+                    other = copy.result()
+                    if outcome.cause is not None and other.cause is not Cause.OUTRUN:
+                        outcome = other
         except BaseException:
             for copy in self._copies:
                 copy.cancel()
@@ -379,11 +516,19 @@ class _Race:
                 lease.stop(Stop.OUTRUN)
             return outcome
         finally:
-            self._lease.on_copy = None
+            self._lease.on_copy = self._lease.on_begun = None
             if self._copies:
                 await asyncio.wait(self._copies)
 
+    def _leads(self, winner: Lease) -> None:
+        self._lease.on_copy = None
+        for lease in (self._lease, *self._copies.values()):
+            if lease is not winner:
+                lease.stop(Stop.OUTRUN)
+
     def _start(self, lease: Lease) -> None:
+        if self._streams:
+            lease.on_begun = self._leads
         copy = asyncio.ensure_future(self._attempt(lease))
         self._copies[copy] = lease
         copy.add_done_callback(self._ended)
@@ -442,6 +587,17 @@ def _refused(refuse: Refuse, request: Request, longest_wait: float) -> RequestEr
             )
 
 
+def _fingerprint(request: Request) -> int:
+    """Of what a worker is sent."""
+    digest = blake2b(request.model.encode() + b"\0" + request.body, digest_size=8)
+    return int.from_bytes(digest.digest(), "big")
+
+
+def _broken(outcome: Outcome, why: str | None) -> StreamBroken:
+    """`why` the answer could not go on elsewhere."""
+    return StreamBroken(f"{why or 'nobody could'} ({outcome.detail})")
+
+
 def _failure(outcome: Outcome, worker_id: WorkerId, attempts: int) -> RequestError:
     """What the client is told after the last attempt that was allowed."""
     if outcome.rejected is not None:
@@ -456,18 +612,14 @@ def _failure(outcome: Outcome, worker_id: WorkerId, attempts: int) -> RequestErr
             return NoRoom(f"Tried {times}; each worker was busy, the last was {last}.", wait)
         case Cause.SILENT:
             return TimedOut(f"Tried {times}; workers fell silent, the last was {last}.")
-        case Cause.CUT:
-            return WorkerFailed(f"The worker failed in the middle of its answer ({last}). Ask again.")
         case _:
             return WorkerFailed(f"Tried {times}; no worker answered, the last was {last}.")
 
 
-def _stopped(abandoned: Abandoned, delivery: Delivery | None) -> Outcome:
+def _stopped(abandoned: Abandoned) -> Outcome:
     """An attempt that was ended from outside: its worker was given up, or somebody else was faster."""
     if abandoned.stop is Stop.OUTRUN:
         return Outcome(cause=Cause.OUTRUN, detail="another worker answered first")
-    if delivery is not None and delivery.begun:
-        return Outcome(cause=Cause.CUT, detail=abandoned.reason)
     silent = abandoned.stop is Stop.SILENT
     return Outcome(cause=Cause.SILENT if silent else Cause.LOST, detail=abandoned.reason)
 

@@ -35,6 +35,7 @@ from balancer.core.model import (
     ModelName,
     Probe,
     Refuse,
+    Standing,
     Tick,
     Ticket,
     Verdict,
@@ -95,6 +96,8 @@ class Lease:
     """Watched, once it is set: the dispatcher is told how it grows."""
     on_copy: Callable[[Lease], None] | None = None
     """Who takes a second slot for the same ask, and gives it back; None: there is no use for one."""
+    on_begun: Callable[[Lease], None] | None = None
+    """Who is told when the answer begins."""
     stopped: Stop | None = None
     _reason: str = ""
     _scope: asyncio.Timeout | None = None
@@ -109,9 +112,14 @@ class Lease:
     def choice(self) -> Choice:
         return self.grant.choice
 
-    def begin(self) -> None:
-        """The first token has come."""
+    def begin(self) -> bool:
+        """The first token has come. False: it comes too late, another attempt has answered."""
+        if self.stopped is not None:
+            return False
         self._tell(Began(self.grant.ticket))
+        if self.on_begun is not None:
+            self.on_begun(self)
+        return True
 
     def settle(
         self,
@@ -120,9 +128,12 @@ class Lease:
         *,
         unreachable: bool = False,
         hold_seconds: float | None = None,
+        silent: bool = False,
     ) -> None:
         """Say how the attempt went. Left unsaid (the client left, say), nothing is learned of the worker."""
-        self._settled = Ended(self.grant.ticket, verdict, measures, unreachable, hold_seconds)
+        self._settled = Ended(
+            self.grant.ticket, verdict, measures, unreachable, hold_seconds, silent
+        )
 
     def give_back(self) -> None:
         """The slot is free for others. Happens once, however often it is called."""
@@ -246,12 +257,16 @@ class Leases:
         return []
 
     @asynccontextmanager
-    async def acquire(self, ask: Ask) -> AsyncIterator[Lease]:
+    async def acquire(
+        self, ask: Ask, entered: Callable[[Ticket], None] = lambda _: None
+    ) -> AsyncIterator[Lease]:
         """A slot on a worker, as soon as one that fits has room; given back with the block at the latest.
+        `entered` is told the ticket by which `standing` says how long that may take.
 
         Raises `Refused`.
         """
         ticket = Ticket(next(self._tickets))
+        entered(ticket)
         answered: asyncio.Future[Lease | Refuse] = asyncio.get_running_loop().create_future()
         self._waiting[ticket] = answered
         try:
@@ -297,6 +312,10 @@ class Leases:
         """Time has passed; call it every TICK_SECONDS."""
         grown = ((ticket, lease.grown()) for ticket, lease in self._held.items())
         self.tell(Tick({ticket: tokens for ticket, tokens in grown if tokens is not None}))
+
+    def standing(self, ticket: Ticket) -> Standing | None:
+        """How it stands with an ask that waits; None: it does not wait (any more)."""
+        return self._dispatcher.standing(ticket, self._clock())
 
     def serves(self, model: ModelName) -> bool:
         """Whether some worker of the room has this model."""

@@ -1,23 +1,39 @@
 """The HTTP client towards workers: one POST, its answer as bytes come. Knows no dialect.
 
-Everything that can go wrong comes out as one of three errors of this module. No proxy from the
-environment, no redirect, no cookie is ever followed (RELIABILITY R9, R10).
+Written by hand, as the one place where every layer costs each token of each stream: a protocol on llhttp
+(`httptools`, the parser that aiohttp uses too), one pool of idle connections per address. It fails closed:
+whatever is not what HTTP says ends the connection and the exchange. No proxy from the environment, no
+redirect, no cookie is ever followed (RELIABILITY R9, R10).
 """
 
 from __future__ import annotations
 
 import asyncio
-import io
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import aclosing, asynccontextmanager, suppress
+import socket
+import ssl
+import sys
+from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Protocol, Self, cast
+from urllib.parse import urlsplit
 
-import aiohttp
+import httptools
 
-LARGE_BODY_BYTES = 256 * 1024
-REST_SECONDS = 0.1
+MAX_HEAD_BYTES = 64 * 1024
+MAX_HEADERS = 128
+IDLE_SECONDS = 15.0
+"""An agent keeps idle connections for 75 s; ours are given up long before, so that a request does not meet
+a connection that is being closed."""
+MAX_IDLE = 256
+"""Connections that are kept for one address."""
+REST_SECONDS = 1.0
+"""What is left of an answer after its own end (HTTP's, as a rule) may take so long; then the connection is
+not used again."""
+_KEEP_ALIVE_SECONDS = 3, 2, 2
+"""TCP's: silence before the first question, between two, and how many. A cut cable is found after 7 s, by
+no other means where no report is expected (RELIABILITY M2)."""
 
 
 class UpstreamError(Exception):
@@ -32,6 +48,11 @@ class Broke(UpstreamError):
     """The connection ended before the answer did, or what came is not HTTP."""
 
 
+class Stale(Broke):
+    """A connection from the pool was closed by the other side before a byte of the answer came: most likely
+    it was about to be closed when the request was written. To be tried again on a fresh one."""
+
+
 class Silent(UpstreamError):
     """No byte came for longer than the read timeout."""
 
@@ -44,128 +65,372 @@ class TimeoutPolicy:
     the prompt, which takes minutes on a slow machine; then only the request's own limit counts."""
 
 
-class Response:
-    """A worker's answer whose head has come."""
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The head of a worker's answer."""
 
-    def __init__(self, response: aiohttp.ClientResponse, read_seconds: float) -> None:
-        self._response = response
-        self._read_seconds = read_seconds
-
-    @property
-    def status(self) -> int:
-        return self._response.status
+    status: int
+    headers: Mapping[str, str]
+    """By names in lower case; of one that came twice, the last."""
 
     @property
     def content_type(self) -> str:
-        return self._response.content_type
+        return self.headers.get("content-type", "").partition(";")[0].strip().lower()
 
     @property
     def retry_after(self) -> float | None:
         """Seconds; the date form of the header is not used between machines that agree on no clock."""
-        value = self._response.headers.get("Retry-After", "")
+        value = self.headers.get("retry-after", "")
         return float(value) if value.isascii() and value.isdigit() and len(value) <= 6 else None
 
-    async def chunks(self, begun: Callable[[], bool] = lambda: True) -> AsyncGenerator[bytes, None]:
-        """The body as it comes. Raises `Broke`, and `Silent` for a pause once the answer has `begun`."""
-        loop = asyncio.get_running_loop()
+
+class Listener(Protocol):
+    """Who hears an answer, piece by piece, from the event loop. After `end` or `failed` nothing more comes."""
+
+    def head(self, head: Head) -> None: ...
+    def body(self, data: bytes) -> None: ...
+    def end(self) -> None: ...
+    def failed(self, error: UpstreamError) -> None: ...
+
+
+class Address(NamedTuple):
+    host: str
+    port: int
+    tls: bool
+
+    @classmethod
+    def of(cls, url: str) -> Address:
+        """Of `http://host:port`."""
+        parts = urlsplit(url)
+        tls = parts.scheme == "https"
+        return cls(parts.hostname or "", parts.port or (443 if tls else 80), tls)
+
+
+class Exchange(asyncio.Protocol):
+    """One connection to a worker, and at most one request on it."""
+
+    def __init__(self, pool: _Pool) -> None:
+        self._pool = pool
+        self._transport: asyncio.Transport | None = None
+        self._listener: Listener | None = None
+        self._parser: httptools.HttpResponseParser | None = None
+        self._headers: dict[str, str] = {}
+        self._head_bytes = 0
+        self._status = 0
+        self._by_length = False
+        """The end of the body shows by its framing; else by the end of the connection."""
+        self._whole = False
+        self._keeps = False
+        self._heard = False
+        self._served = 0
+        self._resting: asyncio.TimerHandle | None = None
+        self.idle_since = 0.0
+        self.paused = False
+
+    # What the holder of the exchange may do
+
+    def pause(self) -> None:
+        """Read nothing more until `resume`: the worker is held up, once what is on the way has come."""
+        self.paused = True
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        self.paused = False
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def abort(self) -> None:
+        """Ends it, and the connection with it: the worker sees that nobody listens any more."""
+        self._listener = None
+        self._drop()
+
+    def leave(self) -> None:
+        """The holder has all that it wants. What is left of the answer is read past, and the connection kept
+        if that does not take long."""
+        self._listener = None
+        if self._whole:
+            self._give_back()
+        elif not self._keeps:
+            self._drop()
+        elif self.is_open:
+            self.resume()
+            self._resting = asyncio.get_running_loop().call_later(REST_SECONDS, self._drop)
+
+    # What the pool does with it
+
+    @property
+    def is_open(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
+
+    def send(self, request: bytes, body: bytes, listener: Listener) -> None:
+        self._listener = listener
+        self._parser = httptools.HttpResponseParser(self)
+        self._keeps = self._pool.keeps
+        self._heard = self._whole = False
+        transport = self._transport
+        assert transport is not None
+        if len(body) < 64 * 1024:
+            transport.write(request + body)
+        else:
+            transport.writelines((request, body))
+        self._served += 1
+
+    # What the connection tells
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        _find_out_when_it_is_cut(transport.get_extra_info("socket"))
+
+    def data_received(self, data: bytes) -> None:
+        parser = self._parser
+        if parser is None or self._whole:
+            self._drop()  # nobody has asked: it belongs to no answer
+            return
+        self._heard = True
         try:
-            async with asyncio.timeout(None) as patience:
-                while chunk := await self._response.content.readany():
-                    patience.reschedule(None)  # the reader's own time does not count as the worker's
-                    yield chunk
-                    if begun():
-                        patience.reschedule(loop.time() + self._read_seconds)
-        except TimeoutError:
-            if not patience.expired():
-                raise
-            raise Silent(f"nothing came for {self._read_seconds:g} s") from None
-        except (aiohttp.ClientError, ConnectionError) as error:
-            raise Broke(f"the connection broke: {_name(error)}") from error
+            parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._fail(Broke("it wants to speak something other than HTTP"))
+        except httptools.HttpParserError:
+            self._fail(Broke("what it says is not HTTP"))
+        else:
+            if self._whole:
+                if self._listener is None:
+                    self._give_back()
+            elif self._status == 0:
+                self._head_bytes += len(data)
+                if self._head_bytes > MAX_HEAD_BYTES:
+                    self._fail(Broke("the head of its answer is too long"))
 
-    async def rest(self) -> None:
-        """Reads past what follows an answer that is through (its HTTP end, as a rule), so that the connection
-        can serve another; a worker that lets even that wait loses the connection."""
-        with suppress(TimeoutError, aiohttp.ClientError, ConnectionError):
-            async with asyncio.timeout(REST_SECONDS):
-                while await self._response.content.readany():
-                    pass
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._pool.forget(self)
+        if self._resting is not None:
+            self._resting.cancel()
+        if self._listener is None or self._whole:
+            return
+        if exc is None and self._status and not self._by_length:
+            self._end()
+        elif not self._heard and self._served > 1:
+            self._pool.keeps = False
+            self._fail(Stale("the connection was closed meanwhile"))
+        else:
+            why = f": {_name(exc)}" if exc is not None else ""
+            where = "the connection broke" if self._heard else "it hung up without an answer"
+            self._fail(Broke(where + why))
 
-    async def whole(self, limit: int) -> bytes:
-        """The body in one piece. Raises `Broke`, `Silent`; more than `limit` bytes count as broken."""
-        body = bytearray()
-        async with aclosing(self.chunks()) as chunks:
-            async for chunk in chunks:
-                body += chunk
-                if len(body) > limit:
-                    raise Broke(f"an answer of more than {limit} bytes")
-        return bytes(body)
+    # What the parser tells
+
+    def on_message_begin(self) -> None:
+        self._status = 0
+        self._head_bytes = 0
+        self._headers = {}
+        self._by_length = False
+        if self._whole:
+            raise httptools.HttpParserCallbackError  # a second answer to one request
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if len(self._headers) >= MAX_HEADERS:
+            raise httptools.HttpParserCallbackError
+        key = name.decode("latin-1").lower()
+        self._headers[key] = value.decode("latin-1")
+        if key == "content-length" or key == "transfer-encoding":
+            self._by_length = True
+
+    def on_headers_complete(self) -> None:
+        assert self._parser is not None
+        status = self._parser.get_status_code()
+        if status < 200:
+            return  # "100 Continue" and the like: the answer is yet to come
+        self._status = status
+        if self._listener is not None:
+            self._listener.head(Head(status, self._headers))
+
+    def on_body(self, data: bytes) -> None:
+        if self._listener is not None and self._status:
+            self._listener.body(data)
+
+    def on_message_complete(self) -> None:
+        if not self._status:
+            return
+        assert self._parser is not None
+        self._keeps = self._keeps and self._parser.should_keep_alive()
+        self._end()
+
+    # Ends
+
+    def _end(self) -> None:
+        self._whole = True
+        listener = self._listener
+        if listener is not None:
+            listener.end()
+
+    def _fail(self, error: UpstreamError) -> None:
+        listener, self._listener = self._listener, None
+        self._drop()
+        if listener is not None:
+            listener.failed(error)
+
+    def _give_back(self) -> None:
+        if self._resting is not None:
+            self._resting.cancel()
+            self._resting = None
+        self._parser = None
+        if self._keeps and self.is_open:
+            self._pool.keep(self)
+        else:
+            self._drop()
+
+    def _drop(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+
+class _Pool:
+    """The idle connections to one address, the last used first."""
+
+    def __init__(self, address: Address, tls: ssl.SSLContext | None) -> None:
+        self.address = address
+        self._tls = tls
+        self._idle: deque[Exchange] = deque()
+        self.keeps = True
+        """Connections are used again. llama.cpp's server promises to keep them and closes at the end of each
+        stream: 6 to 10 of 20 pooled requests met a closed one (ENGINES 1c), so who was once found to do that
+        gets a new connection each time."""
+
+    def take(self, now: float) -> Exchange | None:
+        while self._idle:
+            exchange = self._idle.pop()
+            if exchange.is_open and now - exchange.idle_since < IDLE_SECONDS:
+                return exchange
+            exchange.abort()
+        return None
+
+    def keep(self, exchange: Exchange) -> None:
+        exchange.idle_since = asyncio.get_running_loop().time()
+        self._idle.append(exchange)
+        if len(self._idle) > MAX_IDLE or not self.keeps:
+            self._idle.popleft().abort()
+
+    def forget(self, exchange: Exchange) -> None:
+        if exchange.idle_since:
+            try:
+                self._idle.remove(exchange)
+            except ValueError:
+                pass
+
+    def tidy(self, now: float) -> None:
+        while self._idle and now - self._idle[0].idle_since >= IDLE_SECONDS:
+            self._idle.popleft().abort()
+
+    async def connect(self) -> Exchange:
+        host, port, _ = self.address
+        _, exchange = await asyncio.get_running_loop().create_connection(
+            lambda: Exchange(self), host, port, ssl=self._tls
+        )
+        return exchange
 
 
 class Upstream:
-    """Connections to all workers: a pool for those that keep what they promise, fresh ones for the rest."""
+    """Connections to all workers. Use it as an asynchronous context manager."""
 
     def __init__(self, policy: TimeoutPolicy) -> None:
-        self._policy = policy
-        # An agent keeps idle connections for 75 s; ours are given up long before, so that a request
-        # does not meet a connection that is being closed.
-        self._pooled = self._session(aiohttp.TCPConnector(limit=0, keepalive_timeout=15))
-        # llama.cpp's server promises to keep a connection and closes it after a stream (ENGINES 1c).
-        self._fresh = self._session(aiohttp.TCPConnector(limit=0, force_close=True))
-
-    def _session(self, connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
-        return aiohttp.ClientSession(
-            connector=connector,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._policy.connect_seconds),
-            trust_env=False,
-            auto_decompress=False,
-            read_bufsize=2**16,
-        )
+        self.policy = policy
+        self._pools: dict[Address, _Pool] = {}
+        self._tls: ssl.SSLContext | None = None
+        self._tidying: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> Self:
+        self._tidy()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._pooled.close()
-        await self._fresh.close()
+        if self._tidying is not None:
+            self._tidying.cancel()
+        for pool in self._pools.values():
+            while (exchange := pool.take(0.0)) is not None:
+                exchange.abort()
+        self._pools.clear()
+        await asyncio.sleep(0)  # aborted connections are closed by the next turn of the loop
 
-    @asynccontextmanager
     async def post(
-        self, url: str, body: bytes, headers: Mapping[str, str], *, keep_alive: bool
-    ) -> AsyncIterator[Response]:
-        """Send, and wait for the head. Leaving the context early closes the connection: the worker sees it.
+        self,
+        address: Address,
+        request: bytes,
+        body: bytes,
+        listener: Listener,
+        *,
+        fresh: bool = False,
+    ) -> Exchange:
+        """Sends, at once where a connection is there; what comes of it goes to the listener.
 
-        Raises `Unreachable` and `Broke`.
+        `request`: line and headers with the empty line after them. `fresh`: on no connection that was used
+        before. Raises `Unreachable`.
         """
-        session = self._pooled if keep_alive else self._fresh
+        pool = self._pools.get(address) or self._pool(address)
+        exchange = None if fresh else pool.take(asyncio.get_running_loop().time())
+        if exchange is None:
+            exchange = await self._connected(pool)
+        exchange.send(request, body, listener)
+        return exchange
+
+    async def listens(self, address: Address, seconds: float) -> bool:
+        """Whether somebody takes connections there; True if it cannot be said in time."""
         try:
-            response = await session.post(
-                url,
-                data=_in_pieces(body),
-                headers={**headers, "Accept-Encoding": "identity"},  # what comes is read as it is
-                allow_redirects=False,
-            )
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            async with asyncio.timeout(seconds):
+                exchange = await self._pool(address).connect()
+        except TimeoutError:
+            return True
+        except OSError:
+            return False
+        exchange.abort()
+        return True
+
+    async def _connected(self, pool: _Pool) -> Exchange:
+        try:
+            async with asyncio.timeout(self.policy.connect_seconds):
+                exchange = await pool.connect()
+        except TimeoutError:
+            raise Unreachable("no connection in time") from None
+        except OSError as error:
             raise Unreachable(_name(error)) from error
-        except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
-            raise Broke(f"no answer: {_name(error)}") from error
-        try:
-            yield Response(response, self._policy.read_seconds)
-        finally:
-            response.close()  # after a body that was read to its end the connection is back in the pool
+        if not exchange.is_open:
+            raise Unreachable("the connection was closed at once")
+        return exchange
+
+    def _pool(self, address: Address) -> _Pool:
+        pool = self._pools.get(address)
+        if pool is None:
+            if address.tls and self._tls is None:
+                self._tls = ssl.create_default_context()
+            pool = self._pools[address] = _Pool(address, self._tls if address.tls else None)
+        return pool
+
+    def _tidy(self) -> None:
+        loop = asyncio.get_running_loop()
+        for pool in self._pools.values():
+            pool.tidy(loop.time())
+        self._tidying = loop.call_later(IDLE_SECONDS / 3, self._tidy)
 
 
-def _in_pieces(body: bytes) -> bytes | io.BytesIO:
-    """A large body is written piece by piece, so that it does not hold up everything else."""
-    return body if len(body) <= LARGE_BODY_BYTES else io.BytesIO(body)
+def _find_out_when_it_is_cut(sock: socket.socket | None) -> None:
+    if sock is None:
+        return
+    first, between, times = _KEEP_ALIVE_SECONDS
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if sys.platform == "darwin":
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPALIVE, first)
+    else:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, first)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, between)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, times)
 
 
 def _name(error: BaseException) -> str:
-    """What happened, without what was sent: `connection refused`, `ServerDisconnectedError`."""
-    if isinstance(error, aiohttp.ClientConnectorError) and error.os_error.strerror:
-        return error.os_error.strerror.split("(", 1)[0].strip().lower() or type(error).__name__
-    if isinstance(error, aiohttp.ConnectionTimeoutError):
-        return "no connection in time"
+    """What happened, without what was sent: `connection refused`, `SSLError`."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.split("(", 1)[0].strip().lower() or type(error).__name__
     return type(error).__name__

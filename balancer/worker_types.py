@@ -63,6 +63,8 @@ class WorkerType:
     10 of 20 pooled requests failed, none on fresh connections; it may sit behind any OpenAI-like address."""
     streams_always: bool
     """Ask for a stream even when the client did not: only a streamed generation ends when we hang up."""
+    tells_of_crashes: bool = False
+    """It says so when its engine died; of others only a connection that breaks is seen."""
 
 
 # Reading ...

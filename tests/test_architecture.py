@@ -21,17 +21,33 @@ MAY_IMPORT: dict[str, set[str]] = {
     "balancer.dialects": {"balancer.core"},
     "balancer.identity": {"balancer.core"},
     "balancer.worker_types": {"balancer.core", "balancer.identity"},
+    "balancer.continuation": {"balancer.core", "balancer.dialects"},
     # The shell performs.
     "balancer.upstream": set(),
     "balancer.leases": {"balancer.core"},
     "balancer.relay": {
+        "balancer.continuation",
         "balancer.core",
         "balancer.dialects",
         "balancer.upstream",
         "balancer.worker_types",
         "worker_agent.wire",
     },
-    "balancer.journey": {"balancer.core", "balancer.dialects", "balancer.leases", "balancer.relay"},
+    "balancer.journey": {
+        "balancer.continuation",
+        "balancer.core",
+        "balancer.dialects",
+        "balancer.leases",
+        "balancer.relay",
+    },
+    "balancer.inference": {
+        "balancer.core",
+        "balancer.dialects",
+        "balancer.history",
+        "balancer.journey",
+        "worker_agent.sources",
+        "worker_agent.wire",
+    },
     "balancer.watch": {
         "balancer.core",
         "balancer.identity",
@@ -46,7 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "balancer.dialects",
         "balancer.history",
         "balancer.identity",
-        "balancer.journey",
+        "balancer.inference",
         "balancer.metrics",
         "worker_agent.sources",
         "worker_agent.wire",
@@ -76,6 +92,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 MAY_READ_SETTINGS = {"balancer.app", "balancer.__main__", "worker_agent.app", "worker_agent.__main__"}
 
 PURE = {
+    "balancer.continuation",
     "balancer.core",
     "balancer.dialects",
     "balancer.identity",

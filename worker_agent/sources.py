@@ -51,6 +51,17 @@ class Sources:
         return any(ip in network for network in (*_PRIVATE, *self.allowed))
 
 
+def is_loopback(address: str) -> bool:
+    """Whether a peer with this address is on this machine. False for what is no address."""
+    try:
+        ip = ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    if ip.version == 6 and ip.ipv4_mapped is not None:
+        ip = ip.ipv4_mapped
+    return ip.is_loopback
+
+
 def parse_networks(value: object) -> tuple[Network, ...]:
     """Networks from what a person writes: `"131.1.0.0/16, 2001:db8::/32"`, or a list of such.
 

@@ -6,6 +6,7 @@ suffers. A worker's own words travel as the message; a dialect gives the error i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 
@@ -121,6 +122,33 @@ class NoRoom(RequestError):
 
 class WorkerFailed(RequestError):
     status, code = 502, "worker_failed"
+
+
+class StreamBroken(RequestError):
+    """For the error event that ends a stream whose worker failed."""
+
+    status, code = 502, "stream_broken"
+
+    def __init__(self, why: str) -> None:
+        """`why` it could not go on elsewhere: a clause, for people."""
+        super().__init__(
+            f"The worker failed in the middle of its answer, and it could not be continued: {why}. "
+            "What came until then is not the whole answer; send the request again."
+        )
+
+
+class Quarantined(RequestError):
+    """The request itself is what engines died of: no `retry_after`, since it would happen again."""
+
+    status, code = 502, "request_quarantined"
+
+    def __init__(self, engines: int, seconds: float) -> None:
+        """`engines` that died over it; `seconds` for which it is not tried again."""
+        super().__init__(
+            f"{engines} engines ended while they worked on this request, so it is not tried again for "
+            f"{math.ceil(seconds)} s. Ask differently or for less (a shorter prompt, fewer tokens), and look "
+            "at the log of the worker for what its engine died of."
+        )
 
 
 class TimedOut(RequestError):

@@ -250,6 +250,8 @@ class Ended:
     """No connection came about: the worker gets nothing more until it is `Reported`."""
     hold_seconds: float | None = None
     """The worker asked to be left alone for so long (Retry-After)."""
+    silent: bool = False
+    """What was bad is that nothing came for as long as one waits for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +289,8 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class Draining:
-    """Somebody wants a worker to get nothing new (and takes that back). What runs on it may finish."""
+    """Somebody wants a worker to get nothing new (and takes that back). What runs on it may finish. Holds
+    whatever the worker reports, until it is `Gone`."""
 
     worker_id: WorkerId
     on: bool = True
@@ -344,6 +347,8 @@ class Grant:
     warm_chars: int | None = None
     """Not the ask itself: only so much of its prompt is to be read, with an answer of one token, so that the
     engine remembers it. Then the ticket is `Ended`, and the ask arrives again."""
+    kin: str = ""
+    """Of the model there (`ModelOffer.kin`): where an answer that it begins could go on."""
     copy_of: Ticket | None = None
     """A second attempt at the ask of that ticket, under a ticket of its own; the first whole answer counts
     and the other attempt is ended. Who has no use for it ends it at once."""
@@ -410,6 +415,6 @@ class Standing:
     """How it stands with an ask that waits in line."""
 
     position: int
-    """1: the next one of its class."""
+    """1: the next one of its class that wants this model."""
     eta_seconds: float | None
     """Until it is likely to be its turn; None: nothing was measured yet."""

@@ -24,6 +24,11 @@ class EventFrames:
     _data: list[bytes] = field(default_factory=list)
     _held: int = 0
 
+    @property
+    def holds(self) -> bool:
+        """A part of an event has come, and not yet its end."""
+        return bool(self._rest or self._data)
+
     def feed(self, chunk: bytes) -> list[bytes]:
         """The events that this chunk completes. Raises `FramingError`."""
         lines = (self._rest + chunk).split(b"\n")

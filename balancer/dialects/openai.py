@@ -304,9 +304,6 @@ def _check_messages(messages: list[Json]) -> None:
 
 # Answers
 
-_FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
-_ERROR = re.compile(rb'^\s*\{\s*"error"\s*:')
-_USAGE = b'"usage"'
 REPORTS_ERROR = "it reports an error where an answer should be"
 
 
@@ -321,11 +318,19 @@ class Usage:
 class AnswerError(Exception):
     """What came is not an answer: the worker reports an error in its place, or it makes no sense."""
 
-    def __init__(self, detail: str, words: str = "") -> None:
-        """`words`: the worker's own. They may quote the request, so they are for its client alone."""
+    def __init__(self, detail: str, words: str = "", code: str | None = None) -> None:
+        """`words`: the worker's own. They may quote the request, so they are for its client alone. `code`:
+        the error's, where it has one."""
         super().__init__(detail)
         self.detail = detail
         self.words = words
+        self.code = code
+
+
+def reported_error(body: bytes) -> AnswerError:
+    """What stands in the place of an answer, or of the rest of one."""
+    complaint = read_complaint(body)
+    return AnswerError(REPORTS_ERROR, complaint.message, complaint.code)
 
 
 @dataclass(slots=True)
@@ -344,14 +349,14 @@ class StreamReader:
     """Something of the answer itself has come. What comes before (a role, nothing yet) can be had again."""
     done: bool = False
     """`[DONE]` was seen: nothing follows."""
-    finishes: int = 0
-    """How often a `finish_reason` was seen: once for each choice that is whole."""
     usage: Usage = field(default_factory=Usage)
     pieces: int = 0
     """Events that held a part of the answer: a token each, as a rule."""
-    _their_model: re.Pattern[bytes] | None = None
+    _their_model: bytes = b""
     _our_model: bytes = b""
     _looked: bool = False
+    _finished: set[int] = field(default_factory=set)
+    """The choices that are whole."""
 
     @property
     def tokens(self) -> int:
@@ -363,49 +368,58 @@ class StreamReader:
     def is_whole(self) -> bool:
         """The answer is all there. Neither a closed connection nor a bare `[DONE]` shows that, only a
         `finish_reason`; `[DONE]` stands in for those of further choices, which some engines do not give."""
-        return self.finishes >= (1 if self.done else self.choices)
+        return len(self._finished) >= (1 if self.done else self.choices)
+
+    @property
+    def finishing(self) -> bool:
+        """A choice is whole: what follows is no mere piece of the answer."""
+        return bool(self._finished)
+
+    def pass_on(self, events: bytes, count: int) -> bytes:
+        """So many whole events, framing included, that say nothing but pieces of the answer."""
+        self.pieces += count
+        return events.replace(self._their_model, self._our_model) if self._their_model else events
 
     def read(self, event: bytes) -> bytes | None:
         """Raises `AnswerError`."""
+        chunk = self.read_chunk(event)
+        if chunk is None:
+            return None
+        if not self._looked:
+            self._learn_name(event, chunk)
+        return event.replace(self._their_model, self._our_model, 1) if self._their_model else event
+
+    def read_chunk(self, event: bytes) -> Json | None:
+        """The same, taken apart; under the worker's own name for the model. Raises `AnswerError`."""
         if event == DONE:
             self.done = True
             return None
-        if _ERROR.match(event):
-            raise AnswerError(REPORTS_ERROR, error_message(event))
-        if self.begun and _USAGE not in event:
-            if _FINISHED.search(event):
-                self.finishes += 1
-            self.pieces += 1
-            return self._renamed(event)
-        return self._read_closely(event)
-
-    def _read_closely(self, event: bytes) -> bytes | None:
         chunk = parse_chunk(event)
-        if not self._looked:
-            self._learn_name(chunk)
         choices = chunk["choices"]
-        if any(_says_something(choice) for choice in choices):
-            self.begun = True
-            self.pieces += 1
-        self.finishes += sum(bool(choice.get("finish_reason")) for choice in choices)
+        says = any(_says_something(choice) for choice in choices)
         if chunk.get("usage"):
             self.usage = read_usage(chunk)
             if not choices and not self.usage_wanted:
                 return None
-        return self._renamed(event)
+        if says and all(choice.get("index", 0) in self._finished for choice in choices):
+            return None  # it goes on after its own end
+        if says:
+            self.begun = True
+            self.pieces += 1
+        for choice in choices:
+            if choice.get("finish_reason"):
+                self._finished.add(choice.get("index", 0))
+        return chunk
 
-    def _learn_name(self, chunk: Json) -> None:
+    def _learn_name(self, event: bytes, chunk: Json) -> None:
         self._looked = True
         theirs = chunk.get("model")
         if isinstance(theirs, str) and theirs != self.model:
             # Inside a JSON string each quote is escaped, so this cannot match a part of the answer's text.
-            self._their_model = re.compile(rb'"model"\s*:\s*' + re.escape(orjson.dumps(theirs)))
-            self._our_model = b'"model":' + orjson.dumps(self.model)
-
-    def _renamed(self, event: bytes) -> bytes:
-        if self._their_model is None:
-            return event
-        return self._their_model.sub(lambda _: self._our_model, event, count=1)
+            written = re.search(rb'"model"\s*:\s*' + re.escape(orjson.dumps(theirs)), event)
+            if written is not None:
+                self._their_model = written.group()
+                self._our_model = b'"model":' + orjson.dumps(self.model)
 
 
 @dataclass(slots=True)
@@ -423,9 +437,8 @@ class Assembly:
     _choices: dict[int, Json] = field(default_factory=dict)
     _tail: Json = field(default_factory=dict)
 
-    def add(self, event: bytes) -> None:
-        """One event's data, not `[DONE]`. Raises `AnswerError`."""
-        chunk = parse_chunk(event)
+    def add(self, chunk: Json) -> None:
+        """One event of the stream (`parse_chunk`), not `[DONE]`."""
         for key, value in chunk.items():
             if key in ("choices", "object", "model") or value is None:
                 continue
@@ -506,7 +519,7 @@ def parse_chunk(event: bytes) -> Json:
     if not isinstance(chunk, dict):
         raise AnswerError("an event of its stream is not an object")
     if chunk.get("error"):
-        raise AnswerError(REPORTS_ERROR, error_message(event))
+        raise reported_error(event)
     choices = chunk.setdefault("choices", [])
     if not OBJECTS.holds(choices) or not all(map(_is_choice, choices)):
         raise AnswerError("an event of its stream has no proper choices")
@@ -529,7 +542,7 @@ def parse_whole(body: bytes, model: str) -> tuple[Json, Usage]:
     except orjson.JSONDecodeError:
         raise AnswerError("its answer is not JSON") from None
     if not isinstance(answer, dict) or not ("choices" in answer or "data" in answer):
-        raise AnswerError(REPORTS_ERROR, error_message(body))
+        raise reported_error(body)
     return answer | {"model": model}, read_usage(answer)
 
 
@@ -598,10 +611,6 @@ def read_complaint(body: bytes) -> WorkerComplaint:
         code if isinstance(code, str) else None,
         param if isinstance(param, str) else None,
     )
-
-
-def error_message(body: bytes) -> str:
-    return read_complaint(body).message
 
 
 def _sentence(text: str) -> str:

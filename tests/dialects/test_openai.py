@@ -16,6 +16,7 @@ from balancer.dialects.openai import (
     merge,
     models_body,
     parse,
+    parse_chunk,
     parse_whole,
     read_complaint,
 )
@@ -168,7 +169,7 @@ def test_any_pieces_are_put_together_or_are_an_error_of_the_worker(choices):
     assembly = Assembly(CHAT, "m")
     try:
         for choice in choices:
-            assembly.add(json.dumps({"choices": [choice]}).encode())
+            assembly.add(parse_chunk(json.dumps({"choices": [choice]}).encode()))
     except AnswerError:
         return
     orjson.dumps(assembly.result())
@@ -286,7 +287,7 @@ def test_garbage_where_an_answer_should_begin_is_an_error(event):
 def assembled(*events: bytes, endpoint: Endpoint = CHAT) -> dict:
     assembly = Assembly(endpoint, "public")
     for data in events:
-        assembly.add(data)
+        assembly.add(parse_chunk(data))
     return assembly.result()
 
 

@@ -33,6 +33,7 @@ from balancer.core.model import (
     Refuse,
     Served,
     ServiceClass,
+    Standing,
     Tick,
     Ticket,
     Verdict,
@@ -42,6 +43,7 @@ from balancer.core.model import (
 from balancer.core.retry import RetryPolicy
 from balancer.dialects.openai import parse
 from balancer.front import Front, FrontPolicy
+from balancer.inference import Inference, InferencePolicy
 from balancer.journey import Journey, JourneyPolicy
 from balancer.leases import Leases
 from balancer.metrics import Metrics
@@ -77,6 +79,9 @@ class Script:
 
     def serves(self, model: ModelName) -> bool:
         return True
+
+    def standing(self, ticket: Ticket, now: float) -> Standing | None:
+        return None
 
     def snapshot(self, now: float) -> Snapshot:
         return Snapshot(workers=(), waiting=0, waiting_batch=0, running=0, models={})
@@ -147,13 +152,13 @@ async def stage(react: Reaction) -> AsyncIterator[Stage]:
                 observers=[served.append, metrics.observe],
             )
             front = Front(
-                journey,
+                Inference(journey, InferencePolicy(), secret=b"secret"),
                 FrontPolicy(),
                 snapshot=leases.snapshot,
+                drain=lambda worker_id, on: False,
                 join=lambda join, address: None,
                 find=lambda request_id: None,
                 metrics=None,
-                secret=b"secret",
             )
             runner = web.AppRunner(front.application(), handler_cancellation=True, shutdown_timeout=0.1)
             await runner.setup()
