@@ -234,14 +234,35 @@ def why(
         console.print(table)
 
 
-def _ask(url: str, path: str) -> dict[str, Any]:
+@app.command()
+def drain(
+    worker: Annotated[str, typer.Argument(metavar="WORKER", help="Its id, as `balancer workers` shows it.")],
+    undo: Annotated[bool, typer.Option("--undo", help="Let it get requests again.")] = False,
+    url: UrlOption = "http://127.0.0.1:4000",
+) -> None:
+    """Let a worker finish what it has and get nothing new, before it is stopped or updated.
+
+    To be asked for on the balancer's own machine.
+    """
+    action = "resume" if undo else "drain"
+    _ask(url, f"/admin/workers/{quote(worker, safe='')}/{action}", post=True)
+    Console().print(
+        Text(
+            f"{worker} gets requests again."
+            if undo
+            else f"{worker} gets nothing new; `balancer workers` shows what it still runs."
+        )
+    )
+
+
+def _ask(url: str, path: str, *, post: bool = False) -> dict[str, Any]:
     """What a running balancer answers; ends the command with a sentence where it does not.
 
     `url`: with or without scheme, and with or without the `/v1` of its endpoint.
     """
     root = root_of(url.strip())
     try:
-        return asyncio.run(_get(f"{root if '://' in root else f'http://{root}'}{path}"))
+        return asyncio.run(_request(f"{root if '://' in root else f'http://{root}'}{path}", post=post))
     except aiohttp.ClientResponseError as error:
         _fail(error.message, status=1)
     except (aiohttp.ClientError, TimeoutError, ValueError) as error:
@@ -250,10 +271,10 @@ def _ask(url: str, path: str) -> dict[str, Any]:
         )
 
 
-async def _get(url: str) -> dict[str, Any]:
+async def _request(url: str, *, post: bool) -> dict[str, Any]:
     async with (
         aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10)) as session,
-        session.get(url) as response,
+        session.post(url, json={}) if post else session.get(url) as response,
     ):
         answer: dict[str, Any] = orjson.loads(await response.read())
         if response.status != 200:

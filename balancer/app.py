@@ -18,7 +18,7 @@ from aiohttp import web
 from balancer.core.admission import AdmissionPolicy
 from balancer.core.batches import BatchPolicy
 from balancer.core.breaker import BreakerPolicy
-from balancer.core.dispatcher import Dispatcher, DispatchPolicy, Snapshot
+from balancer.core.dispatcher import Dispatcher, DispatchPolicy, HedgePolicy, Snapshot
 from balancer.core.errors import Conflict, ShuttingDown
 from balancer.core.model import Draining, Event, Served, Worker, WorkerId
 from balancer.core.placement import PlacementPolicy
@@ -135,6 +135,7 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
             tell=heard,
             session=session,
             policy=WatchPolicy(interval_seconds=settings.health_check_interval),
+            is_at_work=leases.is_at_work,
         )
         stack.push_async_callback(watches.aclose)
         roster = Roster(tell=leases.tell, watches=watches, clock=clock)
@@ -271,6 +272,7 @@ def _dispatch_policy(settings: Settings) -> DispatchPolicy:
         placement=PlacementPolicy(settings.policy, settings.scorer_weights.model_dump()),
         admission=AdmissionPolicy(max_waiting=settings.max_queue, max_waiting_batch=settings.max_queue_batch),
         batch=BatchPolicy(reserve=settings.batch_reserve, floor=settings.batch_floor),
+        hedge=HedgePolicy() if settings.hedge else None,
         breaker=BreakerPolicy(
             trip_after=settings.breaker_trip_after,
             rest_seconds=settings.breaker_rest,

@@ -162,6 +162,9 @@ class WorkerEntry(_Strict):
     "qwen2.5:7b-instruct-q4_K_M"}. Workers with one alias for their models share the requests for it."""
     max_concurrent_requests: int | None = Field(default=None, ge=1, le=4096)
     """At most so many requests at once. Left out: 5, and for an agent what its engine can do."""
+    continues: bool | None = None
+    """Whether it goes on with a chat answer that another worker began and could not end. Left out: tried
+    with three short questions of our own when it first matters. An agent says so itself."""
     api_key: SecretReference | None = None
     """Sent as `Authorization: Bearer` to a worker of type openai."""
     tls: bool = False
@@ -176,6 +179,12 @@ class WorkerEntry(_Strict):
     def _key_where_it_is_sent(self) -> WorkerEntry:
         if self.api_key is not None and self.type != "openai":
             raise ValueError(f'api_key is sent to type openai only, this worker is of type "{self.type}"')
+        return self
+
+    @model_validator(mode="after")
+    def _continues_where_nobody_says(self) -> WorkerEntry:
+        if self.continues is not None and self.type == "agent":
+            raise ValueError("continues is for workers without an agent: an agent finds out by itself")
         return self
 
     @model_validator(mode="after")
@@ -223,6 +232,7 @@ class WorkerEntry(_Strict):
             aliases=tuple(
                 (ModelName(alias), ModelName(self._as_configured(own))) for alias, own in self.aliases.items()
             ),
+            continues=self.continues,
         )
 
 
@@ -338,6 +348,9 @@ class Tunables(_Strict):
     """How often a failed request is tried again, on another worker where there is one."""
     continue_streams: bool = True
     """Where a worker fails in the middle of a streamed answer, let another one of the same model go on."""
+    hedge: bool = False
+    """Where a chat's first word is late and another worker is idle, ask that one too; the first answers. At
+    most one in twenty chats is asked twice."""
     comment_after: float = Field(default=5.0, ge=0, le=3600)
     """Seconds after which a streaming client that waits is told why, in a comment; 0: never."""
     max_queue: int = Field(default=1000, ge=0, le=100_000)

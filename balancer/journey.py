@@ -265,7 +265,8 @@ class Journey:
                 raise self._given_up(call, outcome)
             if again.delay:
                 await asyncio.sleep(again.delay)
-            needs = replace(needs, avoid=again.avoid, kin=call.kin if call.begun else None)
+            prefilled = call.stream is not None and call.stream.prefilled
+            needs = replace(needs, avoid=again.avoid, kin=call.kin if prefilled else None)
 
     # An answer that broke off
 
@@ -297,6 +298,7 @@ class Journey:
             raise _broken(outcome, f"it was continued {call.story.continued} times already")
         call.story.continued += 1
         stream.seam = Seam(call.request, kept)
+        stream.prefilled = kept.worth
         call.sends = continuation.continuation(call.request, kept)
         return True
 
@@ -324,9 +326,7 @@ class Journey:
         """None: a part of the prompt was read ahead, and the request has yet to be answered."""
         waiting_since = self._clock()
         try:
-            async with self._leases.acquire(
-                self._ask(call, needs, waiting_since), call.note_ticket
-            ) as lease:
+            async with self._leases.acquire(self._ask(call, needs, waiting_since), call.note_ticket) as lease:
                 call.story.waits = None
                 granted = self._clock()
                 waited = granted - waiting_since
@@ -387,7 +387,9 @@ class Journey:
         """The request on the worker of this lease, and on further ones that may be given to it meanwhile."""
         if call.begun:
             return await self._relayed(call, lease, waited)
-        return await _Race(lease, lambda copy: self._relayed(call, copy, 0.0), streams=call.stream is not None).first()
+        return await _Race(
+            lease, lambda copy: self._relayed(call, copy, 0.0), streams=call.stream is not None
+        ).first()
 
     async def _relayed(
         self, call: _Call, lease: Lease, waited: float, part: Request | None = None
@@ -486,7 +488,9 @@ class _Race:
     """An attempt, and copies of it that may come while it runs. A streamed answer is of who begins first,
     any other of who is through first."""
 
-    def __init__(self, lease: Lease, attempt: Callable[[Lease], Awaitable[Outcome]], *, streams: bool) -> None:
+    def __init__(
+        self, lease: Lease, attempt: Callable[[Lease], Awaitable[Outcome]], *, streams: bool
+    ) -> None:
         self._lease = lease
         self._attempt = attempt
         self._streams = streams

@@ -40,6 +40,7 @@ from balancer.core.model import (
     Ticket,
     Verdict,
     Worker,
+    WorkerId,
 )
 
 log = logging.getLogger(__name__)
@@ -131,9 +132,7 @@ class Lease:
         silent: bool = False,
     ) -> None:
         """Say how the attempt went. Left unsaid (the client left, say), nothing is learned of the worker."""
-        self._settled = Ended(
-            self.grant.ticket, verdict, measures, unreachable, hold_seconds, silent
-        )
+        self._settled = Ended(self.grant.ticket, verdict, measures, unreachable, hold_seconds, silent)
 
     def give_back(self) -> None:
         """The slot is free for others. Happens once, however often it is called."""
@@ -316,6 +315,10 @@ class Leases:
     def standing(self, ticket: Ticket) -> Standing | None:
         """How it stands with an ask that waits; None: it does not wait (any more)."""
         return self._dispatcher.standing(ticket, self._clock())
+
+    def is_at_work(self, worker_id: WorkerId) -> bool:
+        """Tokens come from this worker: the best proof that it lives."""
+        return self._dispatcher.is_at_work(worker_id, self._clock())
 
     def serves(self, model: ModelName) -> bool:
         """Whether some worker of the room has this model."""

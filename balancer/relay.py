@@ -36,12 +36,11 @@ from balancer.dialects.openai import (
     trial,
 )
 from balancer.dialects.passing import Passage
+from balancer.prefills import Prefills
 from balancer.upstream import (
     Address,
-    Broke,
     Exchange,
     Head,
-    Silent,
     Stale,
     Unreachable,
     Upstream,
@@ -97,6 +96,8 @@ class Stream:
     """What has come, for going on elsewhere; None: this answer could not."""
     seam: Seam | None = None
     """Set when it is to be gone on with."""
+    prefilled: bool = False
+    """Its request ends with what has come; else there was nothing worth it."""
     begun: bool = False
     """Something of the answer was sent: it cannot start over."""
 
@@ -172,6 +173,7 @@ class Relay:
         self._upstream = upstream
         self._clock = clock
         self._headers = headers
+        self._prefills = Prefills(self._answer_of, clock)
         self._heads: dict[tuple[Worker, Endpoint, bool], tuple[Address, bytes]] = {}
 
     async def attempt(
@@ -190,7 +192,7 @@ class Relay:
             answer = await self._exchange(worker, model, request, passed_on, stream, progress)
         except Failed as failed:
             cause, gone = failed.cause, False
-            if cause is Cause.BROKE and not WORKER_TYPES[worker.type].tells_of_crashes:
+            if cause is Cause.BROKE and not WORKER_TYPES[worker.type].is_agent:
                 # What broke the connection may have been the end of the engine itself.
                 gone = not await self._upstream.listens(Address.of(worker.url), KNOCK_SECONDS)
                 cause = Cause.CRASHED if gone else cause
@@ -236,17 +238,25 @@ class Relay:
         progress: Progress,
     ) -> bytes | None:
         kind = WORKER_TYPES[worker.type]
+        goes_on = stream is not None and stream.prefilled and request.endpoint is Endpoint.CHAT
+        if goes_on and not kind.is_agent:
+            request = await self._going_on(worker, model, request)
         streams = request.endpoint is not Endpoint.EMBEDDINGS and (request.stream or kind.streams_always)
         body = request.to_worker(model, stream=streams)
         address, fixed = self._head(worker, request.endpoint, streams)
         head = fixed + b"".join(_header(name, value) for name, value in passed_on.items())
-        if stream is not None and stream.seam is not None:
+        if goes_on and kind.is_agent:
             head += _header(CONTINUE_HEADER, "1")
         head += b"Content-Length: %d\r\n\r\n" % len(body)
         fresh = False
         while True:
             listener = _Listener(
-                request, stream, progress, self._clock, self._upstream.policy.read_seconds, streams
+                request,
+                stream,
+                progress,
+                self._clock,
+                self._upstream.policy.read_seconds,
+                streams=streams,
             )
             try:
                 exchange = await self._upstream.post(address, head, body, listener, fresh=fresh)
@@ -258,6 +268,17 @@ class Relay:
                 if fresh:
                     raise Failed(Cause.BROKE, str(error)) from error
                 fresh = True
+
+    async def _going_on(self, worker: Worker, model: ModelName, request: Request) -> Request:
+        """The request in the words of a worker without an agent. Raises `Failed` if it has none for it."""
+        way = await self._prefills.way(worker, model)
+        if way is None:
+            raise Failed(Cause.CANNOT_CONTINUE, "it does not go on with an answer that another began")
+        return request.with_fields(way)
+
+    async def _answer_of(self, worker: Worker, model: ModelName, request: Request) -> bytes | None:
+        outcome = await self.attempt(worker, model, request, {}, None, Progress(self._clock()))
+        return outcome.answer
 
     def _head(self, worker: Worker, endpoint: Endpoint, streams: bool) -> tuple[Address, bytes]:
         """Where a request of this kind goes, and the beginning of its head."""
@@ -280,8 +301,130 @@ class Relay:
         return known
 
 
+class _Taker(Protocol):
+    """What is made of the body of an answer."""
+
+    @property
+    def reader(self) -> StreamReader | None:
+        """Of a stream."""
+        ...
+
+    def take(self, data: bytes) -> bool:
+        """True: the answer is whole. Raises for what is none."""
+        ...
+
+    def result(self) -> bytes | None:
+        """At the end of the body: the answer in one piece; None: it was handed on. Raises if it is not
+        whole."""
+        ...
+
+
+class _InOnePiece:
+    """An error, or an answer that is no stream."""
+
+    reader = None
+
+    def __init__(self, head: Head, request: Request, progress: Progress, *, streams: bool) -> None:
+        self._head = head
+        self._request = request
+        self._progress = progress
+        self._streams = streams
+        self._body = bytearray()
+        self._limit = MAX_ANSWER_BYTES if head.status == 200 else MAX_ERROR_BYTES
+
+    def take(self, data: bytes) -> bool:
+        self._body += data
+        if len(self._body) > self._limit:
+            raise AnswerError(f"an answer of more than {self._limit} bytes")
+        return False
+
+    def result(self) -> bytes | None:
+        if self._head.status != 200:
+            raise _complaint(self._head, bytes(self._body))
+        answer, self._progress.usage = parse_whole(bytes(self._body), self._request.model)
+        if self._streams:
+            raise AnswerError("it was asked for a stream and answered in one piece")
+        self._progress.tokens = self._progress.usage.output_tokens or 0
+        return orjson.dumps(answer)
+
+
+class _Assembled:
+    """A stream for a client that wants the answer in one piece."""
+
+    def __init__(self, request: Request) -> None:
+        self.reader = StreamReader(request.model, usage_wanted=True, choices=request.choices)
+        self._frames = EventFrames()
+        self._assembly = Assembly(request.endpoint, request.model)
+        self._left = MAX_ANSWER_BYTES
+
+    def take(self, data: bytes) -> bool:
+        self._left -= len(data)
+        if self._left < 0:
+            raise AnswerError(f"an answer of more than {MAX_ANSWER_BYTES} bytes")
+        self._add(self._frames.feed(data))
+        return self.reader.done
+
+    def _add(self, events: list[bytes]) -> None:
+        for event_data in events:
+            if self.reader.done:
+                break
+            if (chunk := self.reader.read_chunk(event_data)) is not None:
+                self._assembly.add(chunk)
+
+    def result(self) -> bytes | None:
+        self._add(self._frames.end())
+        _insist_on_end(self.reader)
+        return orjson.dumps(self._assembly.result())
+
+
+class _HandedOn:
+    """A stream for a client that streams."""
+
+    def __init__(self, request: Request, stream: Stream, begins: Callable[[], bool]) -> None:
+        """`begins`: told of the first piece before it is sent; False: somebody else was faster."""
+        seam = stream.seam
+        self._begins = begins
+        self._begun = False
+        self.reader = StreamReader(request.model, request.usage_wanted, request.choices)
+        self._passage = Passage(self.reader, seam.read if seam is not None else None)
+        self._stream = stream
+        self._seam = seam
+
+    def take(self, data: bytes) -> bool:
+        self._send(self._passage.feed(data))
+        return self.reader.done or (self._seam is not None and self._seam.ended)
+
+    def _send(self, data: bytes) -> None:
+        if data:
+            stream = self._stream
+            if not self._begun:
+                if not self._begins():
+                    raise Failed(Cause.OUTRUN, "another worker answered first")
+                self._begun = stream.begun = True
+                if self._seam is not None:
+                    data = marker() + data
+            stream.delivery.send(data)
+            if self._seam is None and stream.kept is not None:
+                stream.kept.add(data)
+        if self._passage.fault is not None:
+            raise self._passage.fault
+
+    def result(self) -> bytes | None:
+        self._send(self._passage.end())
+        if self._seam is None or not self._seam.ended:
+            _insist_on_end(self.reader)
+        self._stream.delivery.send(event(DONE))
+        return None
+
+
+def _insist_on_end(reader: StreamReader) -> None:
+    """Raises `Failed` where an answer ended without its protocol's end: a closed connection is none (D1)."""
+    if not reader.is_whole:
+        raise Failed(Cause.BROKE, "its stream ended before the answer did")
+
+
 class _Listener:
-    """Hears one answer, and hands it on."""
+    """Hears one answer."""
 
     def __init__(
         self,
@@ -290,6 +433,7 @@ class _Listener:
         progress: Progress,
         clock: Callable[[], float],
         read_seconds: float,
+        *,
         streams: bool,
     ) -> None:
         self._request = request
@@ -301,20 +445,13 @@ class _Listener:
         self._loop = asyncio.get_running_loop()
         self._done: asyncio.Future[bytes | None] = self._loop.create_future()
         self._exchange: Exchange | None = None
-        self._take: Callable[[bytes], None] = self._to_buffer
-        self._buffer = bytearray()
-        self._limit = MAX_ANSWER_BYTES
-        self._complains: Head | None = None
-        self._reader: StreamReader | None = None
-        self._passage: Passage | None = None
-        self._frames: EventFrames | None = None
-        self._assembly: Assembly | None = None
+        self._taker: _Taker | None = None
         self._heard = 0.0
         self._patience: asyncio.TimerHandle | None = None
 
     async def answer(self, exchange: Exchange) -> bytes | None:
-        """The answer in one piece; None: it was streamed. Raises `Failed` and `Stale`. Cancelled, it ends the
-        exchange at once."""
+        """The answer in one piece; None: it was handed on. Raises `Failed` and `Stale`. Cancelled, it ends
+        the exchange at once."""
         self._exchange = exchange
         delivery = self._stream.delivery if self._stream is not None else None
         if delivery is not None:
@@ -335,39 +472,30 @@ class _Listener:
     # What comes
 
     def head(self, head: Head) -> None:
-        if head.status != 200:
-            self._complains = head
-            self._limit = MAX_ERROR_BYTES
-        elif self._streams and head.content_type == "text/event-stream":
-            self._open()
-
-    def _open(self) -> None:
-        request, stream = self._request, self._stream
-        if stream is None:
-            self._reader = StreamReader(request.model, usage_wanted=True, choices=request.choices)
-            self._frames = EventFrames()
-            self._assembly = Assembly(request.endpoint, request.model)
-            self._take = self._to_assembly
+        if head.status != 200 or not self._streams or head.content_type != "text/event-stream":
+            self._taker = _InOnePiece(head, self._request, self._progress, streams=self._streams)
+        elif self._stream is None:
+            self._taker = _Assembled(self._request)
         else:
-            seam = stream.seam
-            wanted = request.usage_wanted
-            self._reader = StreamReader(request.model, wanted, request.choices)
-            self._passage = Passage(self._reader, seam.read if seam is not None else None)
-            self._take = self._to_client
+            self._taker = _HandedOn(self._request, self._stream, self._begins)
 
     def body(self, data: bytes) -> None:
-        if self._done.done():
+        taker = self._taker
+        if taker is None or self._done.done():
             return
         try:
-            self._take(data)
+            if taker.take(data):
+                self._finish(taker)
+            elif taker.reader is not None and taker.reader.begun:
+                self._heard_of(taker.reader)
         except Exception as error:
             self._fail(_as_failure(error))
 
     def end(self) -> None:
-        if self._done.done():
+        if self._taker is None or self._done.done():
             return
         try:
-            self._at_end()
+            self._finish(self._taker)
         except Exception as error:
             self._fail(_as_failure(error))
 
@@ -379,126 +507,49 @@ class _Listener:
         else:
             self._fail(Failed(Cause.BROKE, str(error)))
 
-    # ... and where it goes
+    # What follows
 
-    def _to_buffer(self, data: bytes) -> None:
-        self._buffer += data
-        if len(self._buffer) > self._limit:
-            raise AnswerError(f"an answer of more than {self._limit} bytes")
+    def _heard_of(self, reader: StreamReader) -> None:
+        self._progress.tokens = reader.tokens
+        self._heard = self._clock()
+        if self._patience is None:
+            self._begins()
 
-    def _to_client(self, data: bytes) -> None:
-        passage = self._passage
-        assert passage is not None
-        self._pass_on(passage.feed(data))
-        if passage.reader.done or self._seam_ended():
-            self._finish()
+    def _begins(self) -> bool:
+        self._heard = self._clock()
+        self._watch()
+        return self._progress.first(self._heard)
 
-    def _pass_on(self, data: bytes) -> None:
-        stream, reader = self._stream, self._reader
-        assert stream is not None and reader is not None
-        if not reader.begun:
-            return
-        progress = self._progress
-        progress.tokens = reader.tokens
-        self._heard = now = self._clock()
-        if progress.first_byte is None:
-            if not progress.first(now):
-                raise Failed(Cause.OUTRUN, "another worker answered first")
-            self._watch(now)
-            if stream.seam is not None:
-                data = marker() + data
-        if data:
-            stream.begun = True
-            stream.delivery.send(data)
-            if stream.kept is not None and stream.seam is None:
-                stream.kept.add(data)
-
-    def _to_assembly(self, data: bytes) -> None:
-        frames, reader, assembly = self._frames, self._reader, self._assembly
-        assert frames is not None and reader is not None and assembly is not None
-        self._take_in(frames.feed(data), reader, assembly)
-        self._limit -= len(data)
-        if self._limit < 0:
-            raise AnswerError(f"an answer of more than {MAX_ANSWER_BYTES} bytes")
-        if reader.done:
-            self._finish()
-
-    def _take_in(self, events: list[bytes], reader: StreamReader, assembly: Assembly) -> None:
-        for data in events:
-            if reader.done:
-                break
-            if (chunk := reader.read_chunk(data)) is not None:
-                assembly.add(chunk)
-        if reader.begun:
-            self._progress.tokens = reader.tokens
-            self._heard = now = self._clock()
-            if self._progress.first_byte is None:
-                self._progress.first(now)
-                self._watch(now)
-
-    # Ends
-
-    def _at_end(self) -> None:
-        if self._passage is not None:
-            self._pass_on(self._passage.end())
-            self._finish()
-        elif self._frames is not None and self._reader is not None and self._assembly is not None:
-            self._take_in(self._frames.end(), self._reader, self._assembly)
-            self._finish()
-        elif self._complains is not None:
-            raise _complaint(self._complains, bytes(self._buffer))
-        else:
-            self._whole()
-
-    def _whole(self) -> None:
-        """An answer that came in one piece."""
-        request, progress = self._request, self._progress
-        answer, progress.usage = parse_whole(bytes(self._buffer), request.model)
-        if self._stream is not None:
-            raise AnswerError("it was asked for a stream and answered in one piece")
-        if request.endpoint is Endpoint.EMBEDDINGS:  # of a text in one piece, nobody saw the first token
-            progress.first(self._clock())
-        progress.tokens = progress.usage.output_tokens or 0
-        self._done.set_result(orjson.dumps(answer))
-
-    def _seam_ended(self) -> bool:
-        stream = self._stream
-        return stream is not None and stream.seam is not None and stream.seam.ended
-
-    def _finish(self) -> None:
-        """The stream is at its end, by its own word or by HTTP's; a closed connection is none (D1)."""
-        reader = self._reader
-        assert reader is not None
-        self._progress.usage = reader.usage
-        if not reader.is_whole and not self._seam_ended():
-            raise Failed(Cause.BROKE, "its stream ended before the answer did")
-        if self._stream is not None:
-            self._stream.delivery.send(event(DONE))
-            self._done.set_result(None)
-        elif self._assembly is not None:
-            self._done.set_result(orjson.dumps(self._assembly.result()))
+    def _finish(self, taker: _Taker) -> None:
+        answer = taker.result()
+        if taker.reader is not None:
+            self._heard_of(taker.reader)
+            self._progress.usage = taker.reader.usage
+        elif self._request.endpoint is Endpoint.EMBEDDINGS:
+            self._progress.first(self._clock())  # of a text in one piece, nobody saw the first token
+        self._done.set_result(answer)
 
     def _fail(self, failure: Failed) -> None:
-        if not self._done.done():
-            if self._reader is not None:
-                self._progress.usage = self._reader.usage
-            self._done.set_exception(failure)
-            if self._exchange is not None:
-                self._exchange.abort()
+        if self._done.done():
+            return
+        if self._taker is not None and self._taker.reader is not None:
+            self._progress.usage = self._taker.reader.usage
+        self._done.set_exception(failure)
+        if self._exchange is not None:
+            self._exchange.abort()
 
     # Silence, once the answer has begun
 
-    def _watch(self, now: float) -> None:
-        self._patience = self._loop.call_at(now + self._read_seconds, self._look)
+    def _watch(self) -> None:
+        self._patience = self._loop.call_at(self._heard + self._read_seconds, self._look)
 
     def _look(self) -> None:
-        now = self._clock()
         if self._exchange is not None and self._exchange.paused:
-            self._heard = now  # the reader's own time does not count as the worker's
-        if now - self._heard >= self._read_seconds:
-            self._fail(Failed(Cause.SILENT, str(Silent(f"nothing came for {self._read_seconds:g} s"))))
+            self._heard = self._clock()  # the reader's own time does not count as the worker's
+        if self._clock() - self._heard >= self._read_seconds:
+            self._fail(Failed(Cause.SILENT, f"nothing came for {self._read_seconds:g} s"))
         else:
-            self._watch(self._heard)
+            self._watch()
 
 
 def _as_failure(error: Exception) -> Failed:
@@ -537,9 +588,7 @@ def _complaint(head: Head, body: bytes) -> Failed:
         return failed
     if head.status in (400, 413, 422):
         failed = Failed(Cause.REJECTED, detail, complaint.message)
-        failed.rejected = Rejected(
-            head.status, complaint.message, code=complaint.code, param=complaint.param
-        )
+        failed.rejected = Rejected(head.status, complaint.message, code=complaint.code, param=complaint.param)
         return failed
     # 401, 403 and 404 too: the worker's key or model is not as configured, which is not the client's doing.
     return Failed(Cause.ERRED, detail, complaint.message)

@@ -14,6 +14,7 @@ import ssl
 import sys
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self, cast
@@ -53,10 +54,6 @@ class Stale(Broke):
     it was about to be closed when the request was written. To be tried again on a fresh one."""
 
 
-class Silent(UpstreamError):
-    """No byte came for longer than the read timeout."""
-
-
 @dataclass(frozen=True, slots=True)
 class TimeoutPolicy:
     connect_seconds: float = 10.0
@@ -85,7 +82,7 @@ class Head:
 
 
 class Listener(Protocol):
-    """Who hears an answer, piece by piece, from the event loop. After `end` or `failed` nothing more comes."""
+    """Who hears an answer, piece by piece, from the event loop. Nothing comes after `end` or `failed`."""
 
     def head(self, head: Head) -> None: ...
     def body(self, data: bytes) -> None: ...
@@ -315,10 +312,8 @@ class _Pool:
 
     def forget(self, exchange: Exchange) -> None:
         if exchange.idle_since:
-            try:
+            with suppress(ValueError):
                 self._idle.remove(exchange)
-            except ValueError:
-                pass
 
     def tidy(self, now: float) -> None:
         while self._idle and now - self._idle[0].idle_since >= IDLE_SECONDS:

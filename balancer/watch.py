@@ -77,11 +77,14 @@ class Watches:
         tell: Callable[[Event], None],
         session: aiohttp.ClientSession,
         policy: WatchPolicy,
+        is_at_work: Callable[[WorkerId], bool] = lambda _: False,
         chance: Callable[[], float] = random.random,
     ) -> None:
+        """`is_at_work`: answers come from this worker; one that is too busy for a probe is not lost."""
         self._tell = tell
         self._session = session
         self._policy = policy
+        self._is_at_work = is_at_work
         self._chance = chance
         self._tasks: dict[WorkerId, asyncio.Task[None]] = {}
         self._leaving: set[asyncio.Task[None]] = set()
@@ -89,7 +92,9 @@ class Watches:
     def follow(self, worker: Worker, headers: Mapping[str, str] = NO_HEADERS) -> None:
         """Watches the worker from now on, in place of any earlier watch of its id."""
         self.forget(worker.id)
-        watch = _Watch(worker, headers, self._tell, self._session, self._policy, self._chance)
+        watch = _Watch(
+            worker, headers, self._tell, self._session, self._policy, self._is_at_work, self._chance
+        )
         # Kept in _tasks, then in _leaving until it has ended; aclose awaits both.
         task = asyncio.create_task(watch.run(), name=f"watch {worker.id}")  # noqa: TID251
         self._tasks[worker.id] = task
@@ -119,6 +124,7 @@ class _Watch:
         tell: Callable[[Event], None],
         session: aiohttp.ClientSession,
         policy: WatchPolicy,
+        is_at_work: Callable[[WorkerId], bool],
         chance: Callable[[], float],
     ) -> None:
         self._worker = worker
@@ -127,6 +133,7 @@ class _Watch:
         self._tell = tell
         self._session = session
         self._policy = policy
+        self._is_at_work = is_at_work
         self._chance = chance
         self._lost: str | None = None
         self._last: Condition | None = None
@@ -231,7 +238,7 @@ class _Watch:
             try:
                 condition = await self._probe(path)
             except Unreached as error:
-                failures += 1
+                failures = 0 if self._is_at_work(self._worker.id) else failures + 1
                 if error.refused or failures >= self._policy.lost_after_failures:
                     self._is_lost(str(error))
             else:
@@ -248,7 +255,7 @@ class _Watch:
             raise Unreached(str(error)) from error
         if self._type.residency_path is not None and self._tells_residency and condition.models:
             condition = await self._with_residency(self._type.residency_path, condition)
-        return with_automatic_names(_with_engines_ways(_with_configured_models(self._worker, condition)))
+        return with_automatic_names(_with_engines_ways(_as_configured(self._worker, condition)))
 
     async def _with_residency(self, path: str, condition: Condition) -> Condition:
         """What is in memory makes a choice better; without knowing it the worker can be used all the same."""
@@ -349,6 +356,7 @@ def _offer(model: wire.ServedModel) -> ModelOffer:
         identity=identity(model.identity),
         memory_tokens=model.memory_tokens,
         cache_tokens=model.cache_tokens,
+        continues=model.continues,
     )
 
 
@@ -356,9 +364,11 @@ def _with_engines_ways(condition: Condition) -> Condition:
     return dataclasses.replace(condition, shares_prefixes=condition.engine.lower() == SHARING_ENGINE)
 
 
-def _with_configured_models(worker: Worker, condition: Condition) -> Condition:
+def _as_configured(worker: Worker, condition: Condition) -> Condition:
     """A worker that answers but lists nothing serves what it is configured for."""
-    if condition.models or not condition.ready:
-        return condition
-    models = tuple(ModelOffer(name=name, identity=identity(name)) for name in sorted(worker.only))
+    models = condition.models
+    if not models and condition.ready:
+        models = tuple(ModelOffer(name=name, identity=identity(name)) for name in sorted(worker.only))
+    if worker.continues is not None:
+        models = tuple(dataclasses.replace(offer, continues=worker.continues) for offer in models)
     return dataclasses.replace(condition, models=models)

@@ -63,8 +63,9 @@ class WorkerType:
     10 of 20 pooled requests failed, none on fresh connections; it may sit behind any OpenAI-like address."""
     streams_always: bool
     """Ask for a stream even when the client did not: only a streamed generation ends when we hang up."""
-    tells_of_crashes: bool = False
-    """It says so when its engine died; of others only a connection that breaks is seen."""
+    is_agent: bool = False
+    """One of ours: it says when its engine died, where of others only a connection that breaks is seen, and
+    it knows how its engine goes on with an answer that another began."""
 
 
 # Reading ...
@@ -302,6 +303,7 @@ WORKER_TYPES: Mapping[str, WorkerType] = {
             read_probe=_read_agent,
             keep_alive=True,
             streams_always=True,
+            is_agent=True,
         ),
         WorkerType(
             name="ollama",

@@ -130,6 +130,13 @@ class WaitingLine:
         group = self._groups.get(needs)
         return [ticket for own in group.by_client.values() for ticket in own] if group else []
 
+    def __contains__(self, ticket: object) -> bool:
+        return ticket in self._asks
+
+    def asks(self) -> Iterator[tuple[Ticket, Ask]]:
+        """All that wait, in no order that means anything."""
+        return iter(self._asks.items())
+
     def ask_of(self, ticket: Ticket) -> Ask:
         return self._asks[ticket]
 

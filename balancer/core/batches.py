@@ -149,6 +149,13 @@ class BatchLine:
         self._services[group.service].waiting -= 1
         return ask
 
+    def __contains__(self, ticket: object) -> bool:
+        return ticket in self._where
+
+    def asks(self) -> Iterator[tuple[Ticket, Ask]]:
+        """All that wait, in no order that means anything."""
+        return ((ticket, group.waiting[ticket]) for ticket, group in self._where.items())
+
     def ask_of(self, ticket: Ticket) -> Ask:
         return self._where[ticket].waiting[ticket]
 

@@ -60,7 +60,7 @@ class Chooser:
         self._placing = placing
         self._weights = placing.effective_weights()
         self._chance = chance
-        self._shortlists: dict[Service, tuple[float, int, tuple[Member, ...]]] = {}
+        self._shortlists: dict[tuple[Service, str | None], tuple[float, int, tuple[Member, ...]]] = {}
         """When they were made, at which version of the fleet, and who is on them."""
 
     def choose(self, ask: Ask, now: float, also: Iterable[Member]) -> Chosen | None:
@@ -75,7 +75,8 @@ class Chooser:
 
     def _choose_by_scores(self, ask: Ask, now: float) -> Chosen | None:
         members, excluded = self._fleet.allowed(ask.needs, now)
-        is_batch = ask.service_class is ServiceClass.BATCH
+        # An answer that is to go on has a client that reads it, whatever its class.
+        is_batch = ask.service_class is ServiceClass.BATCH and ask.needs.kin is None
         reasons = dict(excluded)
         standings: dict[WorkerId, Standing] = {}
         with_room = []
@@ -116,7 +117,7 @@ class Chooser:
         for. Only where little has changed, and the line was looked at before that."""
         needs, placing, forecast = ask.needs, self._placing, self._forecast
         able = self._fleet.able(needs.model, needs.endpoint, now)
-        if needs.avoid or not able.members:
+        if needs.avoid or needs.kin is not None or not able.members:
             return False
         home = forecast.home(ask)
         rivals = self._shortlist(ask, able.members, now, ())[:RIVALS]
@@ -229,7 +230,7 @@ class Chooser:
         knows, the home of the conversation, and `also` those where something has just changed."""
         needs = ask.needs
         offers = self._fleet.offers_of(needs.model)
-        service = needs.model, needs.endpoint
+        service = (needs.model, needs.endpoint), needs.kin
         at, version, best = self._shortlists.get(service, (-inf, -1, ()))
         if now - at > SHORTLIST_SECONDS or version != self._fleet.version:
             tokens, output = self._forecast.prompt_tokens(ask), self._forecast.answer_tokens(ask)
@@ -246,7 +247,7 @@ class Chooser:
         more = list(also)
         if home is not None and (member := self._fleet.get(home.worker_id)) is not None:
             more.append(member)
-        able = self._fleet.able(*service, now).ids
+        able = self._fleet.able(needs.model, needs.endpoint, now, needs.kin).ids
         for member in more:
             if member.worker.id in able:
                 allowed[member.worker.id] = member

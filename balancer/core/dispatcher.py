@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from itertools import count, islice
-from math import inf, log
+from math import ceil, inf, log
 
 from balancer.core import learning
 from balancer.core.admission import AdmissionPolicy, WaitingLine
 from balancer.core.batches import Assignment, BatchLine, BatchPolicy, Group, Planner, Service
 from balancer.core.breaker import BreakerPolicy, Phase
 from balancer.core.choosing import SHORTLIST, Chance, Chooser, Chosen
-from balancer.core.fleet import GUESSED_SECONDS, Fleet, Flight, Member
+from balancer.core.fleet import DRAINING, GUESSED_SECONDS, STUCK, Fleet, Flight, Member
 from balancer.core.forecast import Forecast
 from balancer.core.model import (
     Abandon,
@@ -30,6 +30,7 @@ from balancer.core.model import (
     Choice,
     Command,
     Condition,
+    Draining,
     Ended,
     Endpoint,
     Event,
@@ -45,6 +46,7 @@ from balancer.core.model import (
     Reported,
     Seen,
     ServiceClass,
+    Standing,
     Tick,
     Ticket,
     Verdict,
@@ -67,10 +69,25 @@ FLOOR_AFTER_SECONDS = 10.0
 """Batch that has not waited for so long is not starved yet."""
 FLOOR_HALF_LIFE_SECONDS = 60.0
 """How fast it is forgotten which class was given how much."""
+AT_WORK_SECONDS = 5.0
+"""A token that came no longer ago than this shows a worker that is busy, not dead."""
 SILENT_SECONDS, SILENT_UNBEGUN_SECONDS = 5.0, 8.0
 """Beyond three times what was expected: an engine that says nothing for so long is stuck. The second: before
 the first token of any of its answers."""
+HEDGES_SAVED = 10
+"""So many may be made at once, after a time without any."""
 _WRITES = frozenset({Endpoint.CHAT, Endpoint.COMPLETIONS})
+
+
+@dataclass(frozen=True, slots=True)
+class HedgePolicy:
+    """When a chat whose first token is late gets a second worker, and how seldom."""
+
+    share: float = 0.05
+    """At most so many copies for each chat that was given a worker."""
+    factor: float = 2.0
+    least_seconds: float = 1.0
+    """Late: so many times the seconds that were expected, and no fewer than these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +96,8 @@ class DispatchPolicy:
     admission: AdmissionPolicy = field(default_factory=AdmissionPolicy)
     breaker: BreakerPolicy = field(default_factory=BreakerPolicy)
     batch: BatchPolicy = field(default_factory=BatchPolicy)
+    hedge: HedgePolicy | None = None
+    """None: a late first token is waited for."""
     settle_seconds: float = 5.0
     """So long after the start a model that nobody serves yet is waited for: the room is assembling."""
 
@@ -89,9 +108,11 @@ class WorkerView:
 
     worker: Worker
     state: str
-    """`ready`, what the worker says of itself (`loading`, `failed` ...), `unknown` or `lost`."""
+    """`ready`, what the worker says of itself (`loading`, `failed` ...), `draining`, `unknown` or `lost`."""
     detail: str
     breaker: Phase
+    stuck: bool
+    """It was found to say nothing, and gets nothing but probes until it has answered one."""
     running: int
     slots: int
     models: tuple[ModelName, ...]
@@ -111,7 +132,8 @@ class Snapshot:
     workers: tuple[WorkerView, ...]
     waiting: int
     waiting_batch: int
-    """Of those who wait, the ones of class batch."""
+    """Of those who wait, the ones of class batch. (An answer that is to go on elsewhere waits among the
+    interactive ones, whatever its class.)"""
     running: int
     models: Mapping[ModelName, tuple[ModelOffer, ...]]
 
@@ -134,6 +156,10 @@ class Dispatcher:
         self._flights: dict[Ticket, Flight] = {}
         self._copies: dict[Ticket, Ticket] = {}
         """Of an ask that runs twice: by the first attempt's ticket the second's."""
+        self._hedge = policy.hedge
+        self._asks_per_hedge = ceil(1 / policy.hedge.share) if policy.hedge and policy.hedge.share > 0 else 0
+        self._unhedged = 0
+        """Chats that were given a worker and have not paid for a copy."""
         self._papers: dict[Ticket, Group] = {}
         """The group of each prompt of a batch that runs."""
         self._own_tickets = count(-1, -1)
@@ -145,7 +171,7 @@ class Dispatcher:
         """When there will be a place in line for the next one that is turned away."""
         self._in_the_way: list[Ticket] = []
         """Measurements that somebody's request would have to wait for."""
-        self._waits: dict[Service, tuple[float, float]] = {}
+        self._waits: dict[tuple[Service, str | None], tuple[float, float]] = {}
         """When it was measured, and what `_seconds_each` was."""
 
     def handle(self, event: Event, now: float) -> list[Command]:
@@ -172,6 +198,12 @@ class Dispatcher:
             case Seen(worker):
                 self._fleet.seen(worker)
                 return self._place(None, now)
+            case Draining(worker_id, on):
+                if not self._fleet.drained(worker_id, on):
+                    return []
+                if on:
+                    self._batch.evict(worker_id)
+                return self._place(None, now)
             case Gone(worker_id):
                 self._fleet.gone(worker_id)
                 self._batch.evict(worker_id)
@@ -195,9 +227,33 @@ class Dispatcher:
             models=self._fleet.models(),
         )
 
+    def is_at_work(self, worker_id: WorkerId, now: float) -> bool:
+        """Tokens come from this worker: the best proof that it lives."""
+        member = self._fleet.get(worker_id)
+        return member is not None and bool(member.running) and now - member.last_byte < AT_WORK_SECONDS
+
     def serves(self, model: ModelName) -> bool:
         """Whether some worker of the room has this model, able or not to be asked now."""
         return self._fleet.knows(model)
+
+    def has_worker(self, worker_id: WorkerId) -> bool:
+        return self._fleet.get(worker_id) is not None
+
+    def standing(self, ticket: Ticket, now: float) -> Standing | None:
+        """How it stands with an ask, by the order of arrival in its class; None: it does not wait. Looks at
+        the whole line: not for every token."""
+        line = next((one for one in (self._line, self._batch, self._plain_batch) if ticket in one), None)
+        if line is None:
+            return None
+        own = line.ask_of(ticket)
+        service = own.needs.model, own.needs.endpoint
+        before = sum(
+            (ask.arrived, other) < (own.arrived, ticket)
+            for other, ask in line.asks()
+            if (ask.needs.model, ask.needs.endpoint) == service
+        )
+        seconds = self._seconds_each(own.needs, now) * (before + 1)
+        return Standing(before + 1, seconds or None)
 
     # What happens
 
@@ -205,7 +261,7 @@ class Dispatcher:
         refusal = self._hopeless(ask, now)
         if refusal is not None:
             return [self._refuse(ticket, ask, refusal, now)]
-        if ask.service_class is ServiceClass.BATCH:
+        if ask.service_class is ServiceClass.BATCH and ask.needs.kin is None:
             return self._arrived_batch(ticket, ask, now)
         # Those who wait were looked at when there last was news: they prefer to wait, or may not go there.
         if self._estimates or not self._line.has(ask.needs):
@@ -254,7 +310,7 @@ class Dispatcher:
             self._copies.pop(flight.of, None)
         member = flight.member
         was_closed = member.breaker.phase is Phase.CLOSED
-        member.breaker = member.breaker.settled(event.ticket, event.verdict, now)
+        member.breaker = member.breaker.settled(event.ticket, event.verdict, now, silent=event.silent)
         if event.verdict is Verdict.GOOD:
             learning.answered(flight, event.measures, self._forecast, now)
             member.answered()
@@ -317,6 +373,8 @@ class Dispatcher:
         commands += self._refuse_overdue(now) + self._refuse_hopeless(now) + self._place(None, now)
         if self._estimates:
             commands += self._copy_stragglers(now)
+        if self._hedge is not None:
+            commands += self._hedge_late(self._hedge, now)
         return commands
 
     def _silent(self, member: Member, now: float) -> list[Command]:
@@ -337,7 +395,7 @@ class Dispatcher:
             stuck = known and late and quiet > SILENT_UNBEGUN_SECONDS + 3 * chunk
         if not stuck:
             return []
-        if member.breaker.phase is not Phase.OPEN:
+        if member.breaker.phase is not Phase.OPEN or not member.breaker.stuck:
             member.breaker = member.breaker.tripped(now)
         member.starts_slowly()
         self._fleet.forget_able()
@@ -530,9 +588,7 @@ class Dispatcher:
             sent=now,
             prompt=prompt,
             uncached=max(chosen.uncached, 1.0),
-            expected=member.backlog(now)
-            + chosen.uncached / member.speeds_of(offer).prefill_tokens_per_second
-            + member.speeds_of(offer).answering.at(member.load + 1),
+            expected=_seconds_to_first(member, offer, chosen.uncached, now),
             output=1.0 if kind == "warm" else self._forecast.answer_tokens(ask),
             kind=kind,
             of=of,
@@ -540,6 +596,8 @@ class Dispatcher:
             prefix=len(group.blocks) * sizes.block_tokens() if group else 0.0,
         )
         self._flights[ticket] = flight
+        if kind == "ask" and flight.is_interactive:
+            self._unhedged = min(self._unhedged + 1, HEDGES_SAVED * self._asks_per_hedge)
         if group is not None:
             self._papers[ticket] = group
             self._batch.sent(group, member.worker.id)
@@ -560,6 +618,7 @@ class Dispatcher:
             chosen.choice,
             model=offer.known_as,
             warm_chars=None if warm_tokens is None else int(warm_tokens / sizes.tokens_per_char),
+            kin=offer.kin,
             copy_of=of,
         )
 
@@ -657,19 +716,62 @@ class Dispatcher:
                     )
                     if found is None:
                         break
-                    commands.append(self._copy(found, member, now))
+                    because = f"a copy of what {found.member.worker.id} has"
+                    commands.append(self._copy(found, member, now, because))
         return commands
 
-    def _copy(self, flight: Flight, member: Member, now: float) -> Grant:
+    def _copy(self, flight: Flight, member: Member, now: float, because: str) -> Grant:
         ask = flight.ask
         offer = self._fleet.offers_of(ask.needs.model)[member.worker.id]
         uncached = self._forecast.prompt_tokens(ask) - self._forecast.cached(ask, member, offer, None)
-        choice = Choice(
-            worker_id=member.worker.id, candidates=(), because=f"a copy of what {flight.member.worker.id} has"
-        )
+        choice = Choice(worker_id=member.worker.id, candidates=(), because=because)
         chosen = Chosen(member, choice, uncached)
         ticket = Ticket(next(self._own_tickets))
         return self._launch(ticket, ask, chosen, now, group=self._papers.get(flight.ticket), of=flight.ticket)
+
+    # Hedging
+
+    def _hedge_late(self, policy: HedgePolicy, now: float) -> list[Command]:
+        """A second worker for chats whose first token is late, as long as there are few of them."""
+        commands: list[Command] = []
+        for flight in [one for one in self._flights.values() if one.first is None]:
+            if not self._asks_per_hedge or self._unhedged < self._asks_per_hedge:
+                break
+            waited = now - flight.sent
+            if flight.kind != "ask" or not flight.is_interactive or flight.hedged:
+                continue
+            if waited <= max(policy.factor * flight.expected, policy.least_seconds):
+                continue
+            member = self._idle_for(flight, waited, now)
+            if member is not None:
+                self._unhedged -= self._asks_per_hedge
+                flight.hedged = True
+                because = f"{flight.member.worker.id} is late with its first token"
+                commands.append(self._copy(flight, member, now, because))
+        return commands
+
+    def _idle_for(self, flight: Flight, within: float, now: float) -> Member | None:
+        """Who has nothing to do and would be the first to begin this answer, if in so many seconds: what is
+        late is taken to be as late again."""
+        ask = flight.ask
+        offers, forecast = self._fleet.offers_of(ask.needs.model), self._forecast
+        tokens = forecast.prompt_tokens(ask)
+        best, soonest = None, within
+        for member in self._fleet.allowed(ask.needs, now)[0]:
+            if member.load or member is flight.member or member.worker.id in ask.needs.avoid:
+                continue
+            offer = offers[member.worker.id]
+            if member.breaker.phase is not Phase.CLOSED or not offer.loaded:
+                continue
+            if self._fleet.is_too_long(tokens, offer, ask.needs, now):
+                continue
+            uncached = max(tokens - forecast.cached(ask, member, offer, None), 1.0)
+            seconds = _seconds_to_first(member, offer, uncached, now)
+            if seconds <= soonest:
+                best, soonest = member, seconds
+        return best
+
+    # Fairness to batch
 
     def _note_given(self, ask: Ask, tokens: float, now: float) -> None:
         faded = 0.5 ** ((now - self._given_at) / FLOOR_HALF_LIFE_SECONDS)
@@ -712,6 +814,8 @@ class Dispatcher:
         """Nobody in the room serves it, and nobody is still expected to tell that they do."""
         if self._fleet.serves(ask.needs):
             return None
+        if ask.needs.kin is not None:
+            return Refusal.MODEL_AWAY  # its client reads already: nobody is waited for who may never come
         if now < self._settled_at or not self._fleet.all_heard:
             return None
         if not len(self._fleet):
@@ -787,10 +891,11 @@ class Dispatcher:
         """By which each one in line makes those behind wait longer; 0 while too little is known to say."""
         if not self._fleet.knows(needs.model):
             return 0.0
-        service = needs.model, needs.endpoint
+        service = (needs.model, needs.endpoint), needs.kin
         at, each = self._waits.get(service, (-inf, 0.0))
         if now - at > WAIT_SECONDS:
-            each = self._pace(self._fleet.able(*service, now).members, now) or 0.0
+            able = self._fleet.able(needs.model, needs.endpoint, now, needs.kin)
+            each = self._pace(able.members, now) or 0.0
             self._waits[service] = now, each
         return each
 
@@ -806,6 +911,13 @@ class Dispatcher:
         return 1 / slots * sum(averages) / len(averages)
 
 
+def _seconds_to_first(member: Member, offer: ModelOffer, uncached: float, now: float) -> float:
+    """Until the first token of an answer that is asked for now."""
+    speeds = member.speeds_of(offer)
+    reading = member.backlog(now) + uncached / speeds.prefill_tokens_per_second
+    return reading + speeds.answering.at(member.load + 1)
+
+
 def _view(member: Member, now: float) -> WorkerView:
     member.window.fade(now)
     condition = member.condition
@@ -815,12 +927,17 @@ def _view(member: Member, now: float) -> WorkerView:
         state, detail = "unknown", "not heard of yet"
     else:
         state, detail = condition.state, condition.detail
+        if member.draining:
+            state, detail = DRAINING, f"gets nothing new; {len(member.running)} of its requests still run"
+        elif member.breaker.stuck:
+            detail = f"{STUCK}: gets nothing until it has answered a probe"
     speeds = next((one for one in member.speeds.values() if one.answers), None)
     return WorkerView(
         worker=member.worker,
         state=state,
         detail=detail,
         breaker=member.breaker.phase,
+        stuck=member.breaker.stuck,
         running=len(member.running),
         slots=member.slots,
         models=tuple(offer.name for offer in member.offers if not offer.automatic),

@@ -35,6 +35,8 @@ from balancer.core.model import (
 
 FAILED_BEFORE = "failed this request before"
 ASKED_FOR_REST = "asked to be left alone for a while"
+DRAINING = "draining"
+STUCK = "says nothing"
 
 GUESSED_SECONDS = 5.0
 """How long an answer is taken to last while none has been measured."""
@@ -100,10 +102,17 @@ class Flight:
     tokens: int = 0
     """That have come until `grew`."""
     grew: float = 0.0
+    hedged: bool = False
+    """It was late with its first token, and was given a second worker."""
 
     @property
     def is_interactive(self) -> bool:
         return self.ask.service_class is ServiceClass.INTERACTIVE
+
+    @property
+    def is_chat(self) -> bool:
+        """Somebody waits for what it writes."""
+        return self.is_interactive and self.kind in ("ask", "copy")
 
 
 class Line(NamedTuple):
@@ -137,6 +146,8 @@ class Member:
     """Why it does not answer; None: it does, or has not been heard of yet."""
     heard: bool = False
     """It has reported, or was found not to answer: from then on its silence about a model counts."""
+    draining: bool = False
+    """Somebody wants it to get nothing new."""
     held_until: float = -inf
     """It asked not to be asked before then (Retry-After)."""
     window: Window = field(default_factory=Window)
@@ -283,6 +294,8 @@ class Member:
             return "not heard of yet"
         if not self.condition.ready:
             return self.condition.state
+        if self.draining:
+            return DRAINING
         if now < self.held_until:
             return ASKED_FOR_REST
         return None
@@ -359,7 +372,7 @@ class Member:
             self.reading_since = flight.sent
         self.running[flight.ticket] = flight
         self.pending[flight.ticket] = flight
-        if flight.is_interactive and flight.kind == "ask":
+        if flight.is_chat:
             self.chats += 1
             self.last_chat = flight.sent
         flight.streams = self.load
@@ -392,7 +405,7 @@ class Member:
             return
         self._is_read(flight, now)
         self.last_change = now
-        self.chats -= flight.is_interactive and flight.kind == "ask"
+        self.chats -= flight.is_chat
         if flight.paper is not None:
             self.papers_in_use[flight.paper] -= 1
             if not self.papers_in_use[flight.paper]:
@@ -446,7 +459,7 @@ class Fleet:
         self._by_model: dict[ModelName, dict[WorkerId, ModelOffer]] = {}
         self._departed: dict[WorkerId, Member] = {}
         """Workers that left while something ran on them: should one come back, that counts."""
-        self._able: dict[tuple[ModelName, Endpoint], Able] = {}
+        self._able: dict[tuple[ModelName, Endpoint, str | None], Able] = {}
         self.roomy: set[WorkerId] = set()
         """Those with room, well or not."""
         self.version = 0
@@ -481,6 +494,7 @@ class Fleet:
                 condition=member.condition,
                 lost="not heard of yet at its new address",
                 heard=member.heard,
+                draining=member.draining,
                 roomy=self.roomy,
             )
             _move_flights(member, moved)
@@ -513,6 +527,8 @@ class Fleet:
         if member is None:
             return
         before = member.condition
+        if condition.ready and before is not None and not before.ready:
+            member.breaker = member.breaker.returned(now)
         if member.lost is not None:
             member.breaker = member.breaker.returned(now)
             if before is not None and before.ready:
@@ -546,6 +562,15 @@ class Fleet:
             member.lost, member.heard = reason, True
             self.forget_able()
         return member
+
+    def drained(self, worker_id: WorkerId, on: bool) -> bool:
+        """It gets nothing new, or does again. False: nothing has changed, or there is no such worker."""
+        member = self._members.get(worker_id)
+        if member is None or member.draining == on:
+            return False
+        member.draining = on
+        self.forget_able()
+        return True
 
     def forget_able(self) -> None:
         """Somebody's health has changed."""
@@ -582,47 +607,49 @@ class Fleet:
 
     def serves(self, needs: Needs) -> bool:
         """Somebody in the room does what is needed, if not at this moment."""
-        return any(
-            needs.endpoint in offer.endpoints for offer in self._by_model.get(needs.model, {}).values()
-        )
+        offers = self._by_model.get(needs.model, {}).values()
+        return any(_does(offer, needs.endpoint, needs.kin) for offer in offers)
 
     def knows(self, model: ModelName) -> bool:
         return model in self._by_model
 
-    def able(self, model: ModelName, endpoint: Endpoint, now: float) -> Able:
-        """Who serves this and is well. Found once, and kept until something or the time changes it."""
+    def able(self, model: ModelName, endpoint: Endpoint, now: float, kin: str | None = None) -> Able:
+        """Who serves this and is well. Found once, and kept until something or the time changes it. `kin`:
+        who can go on with an answer that a worker of that kin began."""
         if model not in self._by_model:
             return _NOBODY
-        able = self._able.get((model, endpoint))
+        able = self._able.get((model, endpoint, kin))
         if able is None or now >= able.until:
-            able = self._able[model, endpoint] = self._find_able(model, endpoint, now)
+            able = self._able[model, endpoint, kin] = self._find_able(model, endpoint, now, kin)
         return able
 
-    def _find_able(self, model: ModelName, endpoint: Endpoint, now: float) -> Able:
+    def _find_able(self, model: ModelName, endpoint: Endpoint, now: float, kin: str | None) -> Able:
         excluded: dict[WorkerId, str] = {}
         until = inf
-        alive: list[Member] = []
-        for member in self._serving(model, endpoint):
+        well: list[Member] = []
+        doubtful: list[Member] = []
+        for member in self._serving(model, endpoint, kin):
             reason = member.unfit(now)
-            if reason is None:
-                alive.append(member)
+            if now < member.held_until:
+                until = min(until, member.held_until)
+            if reason is None and member.breaker.phase is Phase.CLOSED:
+                well.append(member)
+            elif reason is None and not member.breaker.stuck:
+                doubtful.append(member)
             else:
-                excluded[member.worker.id] = reason
-                if now < member.held_until:
-                    until = min(until, member.held_until)
-        # Where every breaker is open: better a doubtful worker than none (RELIABILITY D6, fail open).
-        well = [member for member in alive if member.breaker.phase is Phase.CLOSED]
-        for member in alive if well else ():
-            if member.breaker.phase is not Phase.CLOSED:
-                excluded[member.worker.id] = f"breaker {member.breaker.phase}"
-        members = tuple(well or alive)
+                excluded[member.worker.id] = reason or STUCK
+        # Where nobody else is left, those that fail are asked all the same: better a doubtful worker than
+        # none (RELIABILITY D6, fail open). Who is stuck would only make people wait.
+        for member in doubtful if well else ():
+            excluded[member.worker.id] = f"breaker {member.breaker.phase}"
+        members = tuple(well or doubtful)
         ids = frozenset(member.worker.id for member in members)
         return Able(members, ids, excluded, until)
 
     def allowed(self, needs: Needs, now: float) -> tuple[Sequence[Member], Mapping[WorkerId, str]]:
         """Who may be given an ask now, room apart. Those who failed it before are asked again only where no
         other is well, were it only busy."""
-        able = self.able(needs.model, needs.endpoint, now)
+        able = self.able(needs.model, needs.endpoint, now, needs.kin)
         if not needs.avoid:
             return able.members, able.excluded
         others = [member for member in able.members if member.worker.id not in needs.avoid]
@@ -647,16 +674,15 @@ class Fleet:
     def condition_of(self, needs: Needs, now: float) -> str:
         """For people: how the workers that serve this are, `studio: loading; mini: connection refused`."""
         told = []
-        for member in self._serving(needs.model, needs.endpoint):
-            reason = member.unfit(now) or ("busy" if member.room <= 0 else f"breaker {member.breaker.phase}")
-            told.append(f"{member.worker.id}: {reason}")
+        for member in self._serving(needs.model, needs.endpoint, needs.kin):
+            told.append(f"{member.worker.id}: {member.unfit(now) or _hindrance(member)}")
         return "; ".join(told)
 
-    def _serving(self, model: ModelName, endpoint: Endpoint) -> list[Member]:
+    def _serving(self, model: ModelName, endpoint: Endpoint, kin: str | None) -> list[Member]:
         return [
             self._members[worker_id]
             for worker_id, offer in self._by_model.get(model, {}).items()
-            if endpoint in offer.endpoints
+            if _does(offer, endpoint, kin)
         ]
 
     def _index(self, worker_id: WorkerId) -> None:
@@ -668,6 +694,21 @@ class Fleet:
         if member := self._members.get(worker_id):
             for offer in member.offers:
                 self._by_model.setdefault(offer.name, {})[worker_id] = offer
+
+
+def _does(offer: ModelOffer, endpoint: Endpoint, kin: str | None) -> bool:
+    if endpoint not in offer.endpoints:
+        return False
+    if kin is None:
+        return True
+    return offer.kin == kin and (offer.continues is not False or endpoint is not Endpoint.CHAT)
+
+
+def _hindrance(member: Member) -> str:
+    """Why one that is fit takes nothing now."""
+    if member.breaker.stuck:
+        return STUCK
+    return "busy" if member.room <= 0 else f"breaker {member.breaker.phase}"
 
 
 def _move_flights(old: Member, new: Member) -> None:

@@ -99,6 +99,9 @@ class Worker:
     aliases: tuple[tuple[ModelName, ModelName], ...] = ()
     """Public names with the name by which this worker knows the model: `("qwen", "qwen2.5:7b-q4")`. It is
     offered under its own name too."""
+    continues: bool | None = None
+    """It is known to go on with chat answers that another worker began, or not to; None: it says so itself,
+    or it is found out when it matters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -104,4 +104,6 @@ def after(policy: RetryPolicy, tried: Sequence[Tried], chance: float) -> Again |
     if not CAUSES[tried[-1].cause].again or len(tried) > policy.max_retries or is_poison(tried):
         return None
     longest = min(policy.base_seconds * 2.0 ** (len(tried) - 2), policy.longest_seconds)
-    return Again(chance * longest if len(tried) > 1 else 0.0, frozenset(attempt.worker_id for attempt in tried))
+    return Again(
+        chance * longest if len(tried) > 1 else 0.0, frozenset(attempt.worker_id for attempt in tried)
+    )

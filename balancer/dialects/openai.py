@@ -1,12 +1,20 @@
 """The OpenAI API: requests to asks, workers' answers to what the client expects. Pure.
 
 A request's body is never passed on as it came: engines take parameters that can load other models, run
-templates or crash them (RELIABILITY D9), so it is rebuilt from the fields listed here. What is not listed
-is left out.
+templates or crash them (RELIABILITY D9), so it is rebuilt from what the tables below list.
+
+| table | what becomes of a parameter | why |
+|---|---|---|
+| `FIELDS` | checked, and passed on to workers of every type | all engines know it, or pass over it without harm |
+| `SYNONYMS` | passed on under each of its names | engines call one thing by several names |
+| `FOR_US` | checked, and left out | OpenAI's words for what a room decides by itself |
+| `UNSUPPORTED` | 400 | an answer that passes over it would not be what was asked for |
+| any other | left out | clients send much that concerns nobody: `user`, `store`, `metadata`, `keep_alive` ... |
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -29,6 +37,10 @@ MAX_INPUTS = 2048
 MAX_INPUT_TOKENS = 100_000
 """Of a prompt that comes as tokens: walking through more would hold up the loop (about 1 ms for so many)."""
 MAX_CHOICES = 8
+MAX_DEPTH = 64
+"""Of arrays and objects within each other."""
+MAX_MEMBERS = 50_000
+"""Of all objects together, and as many arrays and objects: a million would hold up the loop for a second."""
 
 
 # Requests
@@ -99,6 +111,15 @@ PROMPT = Expectation(
     _is_prompt,
 )
 TOKEN_LIMIT = _integer(1, 10_000_000)
+THINKING = Expectation(
+    'an object with nothing but "enable_thinking" or "thinking", true or false',
+    lambda value: (
+        isinstance(value, dict)
+        and value.keys() <= {"enable_thinking", "thinking"}
+        and all(isinstance(one, bool) for one in value.values())
+    ),
+)
+"""What Qwen's and others' templates are asked for. A template's further variables can break an engine."""
 
 _SAMPLING: Mapping[str, Expectation] = {
     "frequency_penalty": _number(-2, 2),
@@ -112,7 +133,6 @@ _SAMPLING: Mapping[str, Expectation] = {
     "stream_options": OBJECT,
     "temperature": _number(0, 100),
     "top_p": _number(0, 1),
-    "user": TEXT,
     # Not OpenAI's, but all three engines and Ollama's and LM Studio's users know them:
     "min_p": _number(0, 1),
     "top_k": _integer(-1, 1_000_000),
@@ -123,6 +143,7 @@ _SAMPLING: Mapping[str, Expectation] = {
 FIELDS: Mapping[Endpoint, Mapping[str, Expectation]] = {
     Endpoint.CHAT: {
         **_SAMPLING,
+        "chat_template_kwargs": THINKING,
         "logprobs": BOOLEAN,
         "max_completion_tokens": TOKEN_LIMIT,
         "messages": OBJECTS,
@@ -146,8 +167,11 @@ FIELDS: Mapping[Endpoint, Mapping[str, Expectation]] = {
         "dimensions": _integer(1, 1_000_000),
         "encoding_format": Expectation('"float" or "base64"', lambda value: value in ("float", "base64")),
         "input": PROMPT,
-        "user": TEXT,
     },
+}
+SYNONYMS: Mapping[str, str] = {
+    "repeat_penalty": "repetition_penalty",  # llama.cpp, Ollama, LM Studio; vLLM, mlx_lm
+    "repetition_penalty": "repeat_penalty",
 }
 FOR_US: Mapping[str, Expectation] = {
     "prompt_cache_key": TEXT,
@@ -194,6 +218,12 @@ class Request:
             head |= {"stream": True, "stream_options": {**self.stream_options, "include_usage": True}}
         return orjson.dumps(head)[:-1] + b"," + self.body[1:]
 
+    def with_fields(self, fields: Mapping[str, Any]) -> Request:
+        """The same with fields of our own, for workers that know them."""
+        if not fields:
+            return self
+        return replace(self, body=orjson.dumps(fields)[:-1] + b"," + self.body[1:])
+
     def beginning(self, chars: int) -> Request | None:
         """A request that makes an engine read so much of the prompt, and remember it; None: no such request
         can be made of this one. Takes milliseconds where the body has megabytes."""
@@ -218,20 +248,17 @@ def parse(endpoint: Endpoint, body: bytes, key: bytes = b"") -> Request:
 
     `key`: for the hashes in the prompt's description (see `prompts`); secret, where others see them.
     """
-    try:
-        fields = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise BadRequest(
-            f"The body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}."
-        ) from None
-    if not isinstance(fields, dict):
-        raise BadRequest("The body must be a JSON object.")
+    fields = _read(body)
     model = fields.get("model")
     if model is None:
         raise BadRequest("'model' is missing: name one that GET /v1/models lists.", param="model")
     if not isinstance(model, str) or not 0 < len(model) <= 256:
         raise BadRequest("'model' must be a string of 1 to 256 characters.", param="model")
+    _insist_on_supported(fields)
     kept = _checked(fields, FIELDS[endpoint])
+    for name, other in SYNONYMS.items():
+        if name in kept:
+            kept.setdefault(other, kept[name])
     for_us = _checked(fields, FOR_US)
     required = REQUIRED[endpoint]
     if not kept.get(required):
@@ -261,6 +288,62 @@ def parse(endpoint: Endpoint, body: bytes, key: bytes = b"") -> Request:
         prompt=prompts.describe(endpoint, kept, key),
         max_output=kept.get("max_completion_tokens", kept.get("max_tokens")),
     )
+
+
+_BUT_STRUCTURE = bytes(byte for byte in range(256) if byte not in b'[]{}":')
+
+
+def _read(body: bytes) -> Json:
+    """The body as an object, within bounds. Raises `BadRequest`."""
+    if body.count(b"{") + body.count(b"[") > MAX_DEPTH or body.count(b":") > MAX_MEMBERS:
+        _insist_on_bounds(body)
+    try:
+        fields = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        # `orjson` says what it expected, never what it found.
+        raise BadRequest(
+            f"The body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}."
+        ) from None
+    if not isinstance(fields, dict):
+        raise BadRequest("The body must be a JSON object.")
+    # Of a key that comes twice the last counts, here and therefore for the worker, which is sent what was
+    # read here. Two models are a mistake, or a try to be judged by one and served by the other.
+    if body.count(b'"model"') > 1 and _comes_twice("model", body):
+        raise BadRequest("'model' stands in the body twice.", param="model")
+    return fields
+
+
+def _insist_on_bounds(body: bytes) -> None:
+    """Raises `BadRequest` for what is nested too deeply or has too many members; before it is parsed, since
+    that is what takes the time. Works on the body without its strings, at the speed of memory."""
+    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _BUT_STRUCTURE)
+    structure = b"".join(plain.split(b'"')[::2])
+    colons = structure.count(b":")
+    if max(colons, structure.count(b"[") + structure.count(b"{")) > MAX_MEMBERS:
+        raise BadRequest(f"The body has more than {MAX_MEMBERS} members, arrays or objects.")
+    structure = structure.replace(b":", b"")
+    for _ in range(MAX_DEPTH):
+        if not structure:
+            return
+        structure = structure.replace(b"[]", b"").replace(b"{}", b"")
+        # `[{}]` loses two levels in one round where it can; so deep a body is refused in the next.
+    if structure:
+        raise BadRequest(f"The body is nested too deeply, or not closed: {MAX_DEPTH} levels at most.")
+
+
+def _comes_twice(name: str, body: bytes) -> bool:
+    """Whether the outermost object has the key twice; it is JSON."""
+    outermost = json.loads(body, object_pairs_hook=list)
+    return sum(key == name for key, _ in outermost) > 1
+
+
+def _insist_on_supported(fields: Json) -> None:
+    for name in fields.keys() & UNSUPPORTED.keys():
+        if fields[name]:
+            raise BadRequest(f"'{name}' is not supported here: {UNSUPPORTED[name]}.", param=name)
+    modalities = fields.get("modalities")
+    if modalities and modalities != ["text"]:
+        raise BadRequest("'modalities' must be [\"text\"]: answers are text.", param="modalities")
 
 
 def _checked(fields: Json, expected: Mapping[str, Expectation]) -> Json:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from balancer.dialects.framing import EventFrames, event
+from balancer.dialects.framing import EventFrames, FramingError, event
 from balancer.dialects.openai import AnswerError, StreamReader
 
 MAX_UNBEGUN_BYTES = 1024 * 1024
@@ -29,41 +29,49 @@ class Passage:
         self.reader = reader
         self._seam = seam
         self._frames = EventFrames()
+        self.fault: AnswerError | FramingError | None = None
+        """What was wrong after the events that passed; nothing more passes."""
         self._unbegun = b""
         """Held back until the answer itself begins, so that until then another worker can take over."""
 
     def feed(self, data: bytes) -> bytes:
-        """What the client shall have now; whole events, `[DONE]` not among them.
-
-        Raises `AnswerError` and `FramingError`; what came before in the same piece is then lost with it.
-        """
+        """What the client shall have now; whole events, without `[DONE]`. Never raises, see `fault`."""
         reader = self.reader
         if reader.begun and not self._frames.holds and not reader.finishing and self._seam is None:
-            events = _plain_events(data)
-            if events:
-                return reader.pass_on(data, events)
-        return self._taken_apart(self._frames.feed(data))
+            count = _plain_events(data)
+            if count:
+                return reader.pass_on(data, count)
+        try:
+            events = self._frames.feed(data)
+        except FramingError as error:
+            self.fault = error
+            return b""
+        return self._taken_apart(events)
 
     def end(self) -> bytes:
-        """The stream is over; what the client shall have of its last bytes. Raises `AnswerError`."""
+        """The stream is over; what the client shall have of its last bytes. Never raises, see `fault`."""
         return self._taken_apart(self._frames.end())
 
     def _taken_apart(self, events: list[bytes]) -> bytes:
         reader = self.reader
         passed = self._unbegun
         for data in events:
-            if reader.done:
+            if reader.done or self.fault is not None:
                 break
-            mine = reader.read(data)
-            if mine is not None and self._seam is not None:
-                mine = self._seam(mine)
+            try:
+                mine = reader.read(data)
+                if mine is not None and self._seam is not None:
+                    mine = self._seam(mine)
+            except AnswerError as error:
+                self.fault = error
+                break
             if mine is not None:
                 passed += event(mine)
         if reader.begun:
             self._unbegun = b""
             return passed
         if len(passed) > MAX_UNBEGUN_BYTES:
-            raise AnswerError("its stream goes on without an answer")
+            self.fault = AnswerError("its stream goes on without an answer")
         self._unbegun = passed
         return b""
 
@@ -87,4 +95,3 @@ def _plain_events(data: bytes) -> int:
         except UnicodeDecodeError:
             return 0
     return events
-

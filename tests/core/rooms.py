@@ -105,10 +105,15 @@ class Room:
         patience: float = LONG,
         conversation: int | None = None,
         continues: int | None = None,
+        kin: str | None = None,
+        since: float | None = None,
         **more,
     ) -> list[Command]:
-        """A prompt of so many tokens: at least those of its blocks and a question after them."""
-        needs = Needs(model=ModelName(model), endpoint=endpoint, avoid=frozenset(map(WorkerId, avoid)))
+        """A prompt of so many tokens: at least those of its blocks and a question after them. `since`: when
+        the request arrived first, if that is not now."""
+        needs = Needs(
+            model=ModelName(model), endpoint=endpoint, avoid=frozenset(map(WorkerId, avoid)), kin=kin
+        )
         prompt = Prompt(
             chars=4 * max(tokens or 0, BLOCK_TOKENS * len(blocks) + 40),
             blocks=tuple(blocks),
@@ -117,7 +122,7 @@ class Room:
         )
         asked = Ask(
             needs=needs,
-            arrived=self.now,
+            arrived=self.now if since is None else since,
             deadline=self.now + patience,
             prompt=prompt,
             service_class=ServiceClass.BATCH if batch else ServiceClass.INTERACTIVE,

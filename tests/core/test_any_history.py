@@ -13,7 +13,7 @@ from balancer.core.admission import AdmissionPolicy
 from balancer.core.batches import BatchPolicy
 from balancer.core.breaker import BreakerPolicy
 from balancer.core.breaker import Phase as BreakerPhase
-from balancer.core.dispatcher import Dispatcher, DispatchPolicy
+from balancer.core.dispatcher import Dispatcher, DispatchPolicy, HedgePolicy
 from balancer.core.model import (
     BLOCK_CHARS,
     Abandon,
@@ -23,6 +23,7 @@ from balancer.core.model import (
     Candidate,
     Command,
     Condition,
+    Draining,
     Ended,
     Endpoint,
     Gone,
@@ -34,6 +35,7 @@ from balancer.core.model import (
     Needs,
     Probe,
     Prompt,
+    Refusal,
     Refuse,
     Reported,
     Seen,
@@ -73,6 +75,11 @@ class Running:
     tokens: int = 0
 
 
+def in_batch(ask: Ask) -> bool:
+    """It waits for what others leave. An answer that is to go on waits among the interactive ones."""
+    return ask.service_class is ServiceClass.BATCH and ask.needs.kin is None
+
+
 class AnyHistory(RuleBasedStateMachine):
     policies: tuple[str, ...] = tuple(POLICIES)
 
@@ -84,8 +91,15 @@ class AnyHistory(RuleBasedStateMachine):
         slice_seconds=st.sampled_from([0.0, 0.5]),
         takes_copies=st.booleans(),
         known=st.booleans(),
+        hedge=st.none()
+        | st.builds(
+            HedgePolicy,
+            share=st.sampled_from([0.05, 0.3, 0.5, 1.0]),
+            factor=st.sampled_from([1.0, 2.0]),
+            least_seconds=st.sampled_from([0.2, 1.0]),
+        ),
     )
-    def open(self, data, seed, max_waiting, trip_after, slice_seconds, takes_copies, known):
+    def open(self, data, seed, max_waiting, trip_after, slice_seconds, takes_copies, known, hedge):
         self.policy = data.draw(st.sampled_from(self.policies))
         self.estimates = POLICIES[self.policy].estimates
         self.dispatcher = Dispatcher(
@@ -94,6 +108,7 @@ class AnyHistory(RuleBasedStateMachine):
                 admission=AdmissionPolicy(max_waiting, 40),
                 breaker=BreakerPolicy(trip_after, rest_seconds=5),
                 batch=BatchPolicy(slice_seconds=slice_seconds),
+                hedge=hedge,
                 settle_seconds=0,
             ),
             random.Random(seed),
@@ -108,6 +123,11 @@ class AnyHistory(RuleBasedStateMachine):
         self.held_until: dict[WorkerId, float] = {}
         self.external: dict[WorkerId, int] = {}
         self.own_tickets: set[Ticket] = set()
+        self.offers: dict[WorkerId, dict[ModelName, ModelOffer]] = {}
+        """What each worker of the room told last that it serves."""
+        self.draining: set[WorkerId] = set()
+        self.hedge = hedge
+        self.hedges = self.chats_granted = 0
         if known:
             for name, kind in zip(NAMES[: data.draw(st.integers(1, 4))], KINDS, strict=False):
                 self.seen(name, None, 1, alias=False)
@@ -127,10 +147,13 @@ class AnyHistory(RuleBasedStateMachine):
                 case Probe(ticket, worker):
                     self.own(ticket)
                     self.running[ticket] = Running(worker.id, self.now, None)
+                    assert worker.id not in self.draining
                     touched.add(worker.id)
-                case Refuse(ticket=ticket):
-                    del self.waiting[ticket]
+                case Refuse(ticket=ticket, refusal=refusal):
+                    needs = self.waiting.pop(ticket).needs
                     assert 1 <= command.retry_after <= 60
+                    if needs.kin is not None:
+                        assert (refusal is Refusal.MODEL_AWAY) == (not self.serving(needs))
                 case Abandon(ticket, _):
                     assert ticket in self.running
         for worker_id in touched:
@@ -158,25 +181,40 @@ class AnyHistory(RuleBasedStateMachine):
             assert first.ask is not None
             assert first.of is None, "a copy is of an ask that runs"
             assert not first.warm
-            assert first.ask.replayable
             assert first.worker_id != worker_id
             assert worker_id not in first.ask.needs.avoid
             assert all(one.of != grant.copy_of for one in self.running.values()), "one copy of each"
             ask = first.ask
-            assert ask.service_class is ServiceClass.BATCH
+            if ask.service_class is ServiceClass.INTERACTIVE:
+                self.hedged(first, worker_id)
             if not self.takes_copies:
                 refused_copies.append(grant.ticket)
         if grant.warm_chars is not None:
             assert ask.service_class is ServiceClass.BATCH
             assert 0 < grant.warm_chars <= ask.prompt.chars
+        if grant.copy_of is None and ask.service_class is ServiceClass.INTERACTIVE:
+            self.chats_granted += 1
+        assert worker_id not in self.draining
+        assert worker_id in self.serving(ask.needs)
+        assert not self.view(worker_id).stuck
         aliases = dict(self.view(worker_id).worker.aliases)
         assert grant.model in (None, aliases.get(ask.needs.model))
-        others = self.well(ask.needs.model) - {worker_id} - ask.needs.avoid
+        others = self.well(ask.needs) - {worker_id} - ask.needs.avoid
         if worker_id in ask.needs.avoid or self.view(worker_id).breaker is not BreakerPhase.CLOSED:
             assert not others, "somebody is well, were it only busy"
         self.running[grant.ticket] = Running(
             worker_id, self.now, ask, warm=grant.warm_chars is not None, of=grant.copy_of
         )
+
+    def hedged(self, first: Running, worker_id: WorkerId) -> None:
+        """A chat whose first token is late gets somebody who has nothing to do, and that seldom."""
+        self.hedges += 1
+        assert self.hedge is not None
+        assert first.began is None
+        assert self.now - first.since > self.hedge.least_seconds
+        assert not any(one.worker_id == worker_id for one in self.running.values())
+        assert self.view(worker_id).breaker is BreakerPhase.CLOSED
+        assert self.hedges <= self.hedge.share * self.chats_granted
 
     def weighed(self, candidates: tuple[Candidate, ...], picked: WorkerId) -> None:
         weights = [each.weight for each in candidates]
@@ -193,18 +231,36 @@ class AnyHistory(RuleBasedStateMachine):
     def view(self, worker_id: str):
         return next(v for v in self.dispatcher.snapshot(self.now).workers if v.worker.id == worker_id)
 
-    def alive(self, model: str) -> set[WorkerId]:
-        """Who serves this and could be asked now, its breaker and its room apart."""
+    def serving(self, needs: Needs) -> set[WorkerId]:
+        """Who of the room does this, if not now."""
         return {
             view.worker.id
             for view in self.dispatcher.snapshot(self.now).workers
-            if model in view.models
+            if self.does(view.worker, needs)
+        }
+
+    def does(self, worker: Worker, needs: Needs) -> bool:
+        told = self.offers.get(worker.id, {})
+        own = dict(worker.aliases).get(needs.model)
+        offer = replace(told[own], known_as=own) if own in told else told.get(needs.model)
+        if offer is None or needs.kin is None:
+            return offer is not None
+        may = needs.endpoint is not Endpoint.CHAT or offer.continues is not False
+        return offer.kin == needs.kin and may
+
+    def alive(self, needs: Needs) -> set[WorkerId]:
+        """Who does this and could be asked now, its errors and its room apart."""
+        return {
+            view.worker.id
+            for view in self.dispatcher.snapshot(self.now).workers
+            if self.does(view.worker, needs)
+            and not view.stuck
             and view.state == "ready"
             and self.now >= self.held_until.get(view.worker.id, 0.0)
         }
 
-    def well(self, model: str) -> set[WorkerId]:
-        return {one for one in self.alive(model) if self.view(one).breaker is BreakerPhase.CLOSED}
+    def well(self, needs: Needs) -> set[WorkerId]:
+        return {one for one in self.alive(needs) if self.view(one).breaker is BreakerPhase.CLOSED}
 
     # What happens
 
@@ -221,6 +277,8 @@ class AnyHistory(RuleBasedStateMachine):
         replayable=st.booleans(),
         turn=st.none() | st.integers(0, 3),
         admitted=st.booleans(),
+        endpoint=st.sampled_from([Endpoint.CHAT, Endpoint.CHAT, Endpoint.COMPLETIONS]),
+        kin=st.sampled_from([None, None, None, "m", "n", "q4", OWN]),
     )
     def arrives(
         self,
@@ -236,12 +294,14 @@ class AnyHistory(RuleBasedStateMachine):
         replayable,
         turn,
         admitted,
+        endpoint,
+        kin,
     ):
         shared = [document * 1000 + number for number in range(blocks)]
         own = [hash((self.numbers, number)) for number in range(more // BLOCK_CHARS)]
         ask = Ask(
             needs=Needs(
-                model=ModelName(model), endpoint=Endpoint.CHAT, avoid=frozenset(map(WorkerId, avoid))
+                model=ModelName(model), endpoint=endpoint, avoid=frozenset(map(WorkerId, avoid)), kin=kin
             ),
             arrived=self.now - early,
             deadline=math.inf if batch else self.now + 30,
@@ -255,7 +315,7 @@ class AnyHistory(RuleBasedStateMachine):
             ),
             max_output=max_output,
             replayable=replayable,
-            admitted=admitted and not self.full(batch),
+            admitted=kin is not None or (admitted and not self.full(batch)),
         )
         self.join(ask)
 
@@ -296,12 +356,19 @@ class AnyHistory(RuleBasedStateMachine):
             if ticket in self.running:
                 self.end(ticket, Verdict.GOOD, self.measures(self.running[ticket]))
 
+    @rule(model=st.sampled_from(MODELS), seconds=st.floats(0.5, 7))
+    def a_chat_is_begun_late(self, model, seconds):
+        """If it is begun at all."""
+        needs = Needs(model=ModelName(model), endpoint=Endpoint.CHAT)
+        self.join(Ask(needs=needs, arrived=self.now, deadline=self.now + 30, prompt=Prompt(chars=200)))
+        self.pass_time(seconds)
+
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
         self.tell(Tick())
 
     def full(self, batch: bool) -> bool:
-        own = [one for one in self.waiting.values() if (one.service_class is ServiceClass.BATCH) == batch]
+        own = [one for one in self.waiting.values() if in_batch(one) == batch]
         return len(own) >= (40 if batch else self.max_waiting)
 
     def join(self, ask: Ask) -> list[Command]:
@@ -319,8 +386,19 @@ class AnyHistory(RuleBasedStateMachine):
         self.begin(data.draw(st.sampled_from(unbegun)))
 
     def begin(self, ticket: Ticket) -> None:
-        self.running[ticket].began = self.now
+        """As the shell does: of a chat that runs twice, who begins first goes on."""
+        one = self.running[ticket]
+        one.began = self.now
+        if one.ask is not None and one.ask.service_class is ServiceClass.INTERACTIVE:
+            for other in self.others(ticket):
+                del self.running[other]
+                self.tell(Ended(other))
         self.tell(Began(ticket))
+
+    def others(self, ticket: Ticket) -> list[Ticket]:
+        """Further attempts at the same ask."""
+        of = self.running[ticket].of
+        return [other for other, its in self.running.items() if other == of or its.of == ticket]
 
     @precondition(lambda self: self.running)
     @rule(
@@ -331,15 +409,16 @@ class AnyHistory(RuleBasedStateMachine):
         measured=st.booleans(),
         cached=st.none() | st.integers(0, 5000),
         output=st.none() | st.integers(0, 1000),
+        silent=st.booleans(),
     )
-    def ends(self, data, verdict, unreachable, hold, measured, cached, output):
+    def ends(self, data, verdict, unreachable, hold, measured, cached, output, silent):
         ticket = data.draw(st.sampled_from(sorted(self.running)))
         one = self.running[ticket]
         if hold is not None:
             until = max(self.held_until.get(one.worker_id, 0.0), self.now + hold)
             self.held_until[one.worker_id] = until
         measures = self.measures(one, cached=cached, output=output) if measured else None
-        self.end(ticket, verdict, measures, unreachable and verdict is Verdict.BAD, hold)
+        self.end(ticket, verdict, measures, unreachable and verdict is Verdict.BAD, hold, silent)
 
     def measures(self, one: Running, *, cached: int | None = 0, output: int | None = 20) -> Measures:
         prompt = one.ask.prompt.chars // 4 if one.ask else 1
@@ -353,6 +432,7 @@ class AnyHistory(RuleBasedStateMachine):
 
     def end(self, ticket: Ticket, verdict: Verdict, measures: Measures | None, *more) -> None:
         """As the shell does: a warm-up's ask arrives again, the first answer ends the other attempt."""
+        others = self.others(ticket)
         one = self.running.pop(ticket)
         self.tell(Ended(ticket, verdict, measures, *more))
         if one.ask is None:
@@ -360,7 +440,6 @@ class AnyHistory(RuleBasedStateMachine):
         if one.warm:
             self.join(replace(one.ask, admitted=True))
             return
-        others = [other for other, its in self.running.items() if other == one.of or its.of == ticket]
         if verdict is Verdict.GOOD:
             for other in others:
                 del self.running[other]
@@ -396,9 +475,17 @@ class AnyHistory(RuleBasedStateMachine):
         slots=st.none() | st.integers(1, 3),
         memory=st.none() | st.integers(1000, 30_000),
         busy=st.none() | st.integers(0, 6),
+        identity=st.sampled_from(["", "", "q4", "q8"]),
+        continues=st.sampled_from([None, True, False]),
     )
-    def reported(self, name, kind, models, slots, memory, busy, ready=True):
-        offers = tuple(ModelOffer(name=ModelName(model), memory_tokens=memory) for model in sorted(models))
+    def reported(self, name, kind, models, slots, memory, busy, ready=True, identity="", continues=None):
+        offers = tuple(
+            ModelOffer(name=ModelName(model), memory_tokens=memory, identity=identity, continues=continues)
+            for model in sorted(models)
+        )
+        room = {view.worker.id for view in self.dispatcher.snapshot(self.now).workers}
+        if name in room and (offers or ready):
+            self.offers[WorkerId(name)] = {offer.name: offer for offer in offers}
         state = "ready" if ready else "loading"
         condition = replace(KINDS[kind], models=offers, ready=ready, state=state, running=busy)
         if slots is not None:
@@ -407,13 +494,23 @@ class AnyHistory(RuleBasedStateMachine):
         self.tell(Reported(WorkerId(name), condition))
 
     @rule(
-        name=st.sampled_from(NAMES), what=st.sampled_from(["lost", "abandoned", "gone", "loading", "again"])
+        name=st.sampled_from(NAMES),
+        what=st.sampled_from(["lost", "abandoned", "gone", "loading", "again", "draining", "drained"]),
     )
     def trouble(self, name, what):
         worker_id = WorkerId(name)
         match what:
             case "gone":
+                self.offers.pop(worker_id, None)
+                self.draining.discard(worker_id)
                 self.tell(Gone(worker_id))
+            case "draining":
+                if self.dispatcher.has_worker(worker_id):
+                    self.draining.add(worker_id)
+                self.tell(Draining(worker_id))
+            case "drained":
+                self.draining.discard(worker_id)
+                self.tell(Draining(worker_id, on=False))
             case "loading":
                 self.reported(name, "vllm", [], ready=False, slots=None, memory=None, busy=None)
             case "again":
@@ -434,13 +531,15 @@ class AnyHistory(RuleBasedStateMachine):
     @invariant()
     def counts_add_up(self):
         snapshot = self.dispatcher.snapshot(self.now)
-        batch = [one for one in self.waiting.values() if one.service_class is ServiceClass.BATCH]
+        batch = [one for one in self.waiting.values() if in_batch(one)]
         assert (snapshot.waiting, snapshot.waiting_batch) == (len(self.waiting), len(batch))
         assert snapshot.running == sum(one.ask is not None for one in self.running.values())
         for view in snapshot.workers:
             on_it = sum(one.worker_id == view.worker.id for one in self.running.values())
             assert view.running == on_it
             assert view.slots >= 1
+            if view.state == "ready":
+                assert view.worker.id not in self.draining
 
     @invariant()
     def numbers_stay_finite(self):
@@ -457,9 +556,9 @@ class AnyHistory(RuleBasedStateMachine):
     def nobody_waits_beside_a_worker_that_should_take_them(self):
         """Nothing is left for a tick of the same moment but what only ticks look at: batch prompts that
         another worker should take from their home, and copies. That comes to rest at once too."""
-        people = {t for t, one in self.waiting.items() if one.service_class is ServiceClass.INTERACTIVE}
+        people = {t for t, one in self.waiting.items() if not in_batch(one)}
         more = [one for one in self.tell(Tick()) if isinstance(one, Grant)]
-        assert self.estimates or not more
+        assert self.estimates or all(one.copy_of is not None for one in more)
         assert not people & {one.ticket for one in more}
         ticks = 0
         while more and self.takes_copies:
@@ -468,10 +567,26 @@ class AnyHistory(RuleBasedStateMachine):
             more = [one for one in self.tell(Tick()) if isinstance(one, Grant)]
 
     @invariant()
+    def who_waits_has_a_place(self):
+        standings = {ticket: self.dispatcher.standing(ticket, self.now) for ticket in self.waiting}
+        assert all(standings.values())
+        places = [
+            (in_batch(ask), ask.needs.model, ask.needs.endpoint, standings[ticket].position)
+            for ticket, ask in self.waiting.items()
+        ]
+        assert len(set(places)) == len(places)
+        assert all(1 <= place[3] <= len(places) for place in places)
+        assert not any(self.dispatcher.standing(ticket, self.now) for ticket in self.running)
+
+    @invariant()
+    def who_could_only_go_on_waits_for_somebody(self):
+        assert all(ask.needs.kin is None or self.serving(ask.needs) for ask in self.waiting.values())
+
+    @invariant()
     def nobody_waits_in_an_idle_room(self):
         """People not at all; batch while a forecast of its end is believed, a second or so."""
         idle = self.waiting_though_idle()
-        assert not [one for one in idle if one.service_class is ServiceClass.INTERACTIVE]
+        assert all(in_batch(one) for one in idle)
         if idle:
             self.pass_time(1.1)
             self.pass_time(1.1)
@@ -481,7 +596,7 @@ class AnyHistory(RuleBasedStateMachine):
         """Who waits for something that somebody could do, while nobody does anything."""
         if self.running or any(self.external.values()):
             return []
-        return [ask for ask in self.waiting.values() if self.alive(ask.needs.model)]
+        return [ask for ask in self.waiting.values() if self.alive(ask.needs)]
 
     def teardown(self):
         """When all is well again and everything is answered, everybody's turn comes."""
@@ -489,6 +604,7 @@ class AnyHistory(RuleBasedStateMachine):
             return
         for name in NAMES:
             self.seen(name, None, 1, alias=False)
+            self.trouble(name, "drained")
             self.reported(name, "vllm", MODELS, ready=True, slots=2, memory=None, busy=0)
         steps = 60 + 4 * len(self.waiting)
         while (self.waiting or self.running) and steps:

@@ -65,6 +65,41 @@ def test_a_worker_that_was_away_and_is_back_may_be_probed_at_once():
     assert tripped().returned(1).admits(1)
 
 
+def test_but_not_once_more_in_short_order():
+    """One that comes and goes is held down ever longer."""
+    back = tripped().returned(1).sent(Ticket(7), 1).settled(Ticket(7), Verdict.GOOD, 1)
+    for number in range(POLICY.trip_after):
+        back = back.settled(Ticket(number), Verdict.BAD, 2)
+    assert back.retry_at == 22
+    assert not back.returned(3).admits(21)
+
+
+def test_a_return_counts_again_after_a_long_good_time():
+    breaker = tripped().returned(1).sent(Ticket(7), 1).settled(Ticket(7), Verdict.GOOD, 1)
+    breaker = breaker.settled(Ticket(8), Verdict.GOOD, 61)
+    for number in range(POLICY.trip_after):
+        breaker = breaker.settled(Ticket(number), Verdict.BAD, 70)
+    assert breaker.returned(71).admits(71)
+
+
+def test_it_is_stuck_if_it_tripped_for_saying_nothing():
+    assert Breaker(POLICY).tripped(0).stuck
+    assert not tripped().stuck
+    breaker = Breaker(POLICY)
+    for number in range(POLICY.trip_after):
+        breaker = breaker.settled(Ticket(number), Verdict.BAD, 0, silent=True)
+    assert breaker.stuck
+
+
+def test_only_a_good_probe_shows_that_it_is_not_stuck_any_more():
+    probing = Breaker(POLICY).tripped(0).sent(Ticket(7), 10)
+    assert probing.stuck
+    assert probing.settled(Ticket(7), Verdict.BAD, 11).stuck
+    assert probing.settled(Ticket(7), Verdict.UNKNOWN, 11).stuck
+    assert probing.returned(11).stuck
+    assert not probing.settled(Ticket(7), Verdict.GOOD, 11).stuck
+
+
 def test_earlier_trips_are_forgotten_after_a_long_good_time():
     breaker = tripped().sent(Ticket(7), 10).settled(Ticket(7), Verdict.GOOD, 10)
     assert breaker.settled(Ticket(8), Verdict.GOOD, 11).trips == 1

@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balancer.core.model import WorkerId
-from balancer.core.retry import CAUSES, Again, Cause, RetryPolicy, Tried, after
+from balancer.core.model import Verdict, WorkerId
+from balancer.core.retry import CAUSES, MAX_CRASHES, Again, Cause, RetryPolicy, Tried, after, is_poison
 
 POLICY = RetryPolicy(max_retries=3, base_seconds=0.5)
 
@@ -12,13 +12,20 @@ def tried(*causes: Cause) -> list[Tried]:
     return [Tried(WorkerId(f"w{number}"), cause) for number, cause in enumerate(causes)]
 
 
-def test_a_broken_attempt_is_followed_by_another_elsewhere():
-    assert after(POLICY, tried(Cause.BROKE), chance=0.5) == Again(0.25, frozenset({WorkerId("w0")}))
+def test_a_broken_attempt_is_followed_by_another_elsewhere_without_a_pause():
+    assert after(POLICY, tried(Cause.BROKE), chance=0.5) == Again(0.0, frozenset({WorkerId("w0")}))
 
 
-def test_pauses_grow_by_half_a_second_times_two_to_the_attempt():
+def test_pauses_before_further_ones_are_drawn_from_half_a_second_and_twice_that():
     pauses = [after(POLICY, tried(*[Cause.BROKE] * n), chance=0.999999) for n in (1, 2, 3)]
-    assert [round(pause.delay, 3) for pause in pauses if pause] == [0.5, 1.0, 2.0]
+    assert [round(pause.delay, 3) for pause in pauses if pause] == [0.0, 0.5, 1.0]
+
+
+def test_no_pause_is_longer_than_the_longest():
+    policy = RetryPolicy(max_retries=20, base_seconds=0.5, longest_seconds=8.0)
+    again = after(policy, tried(*[Cause.BROKE] * 15), chance=0.5)
+    assert again is not None
+    assert again.delay == 4.0
 
 
 def test_after_three_retries_it_is_enough():
@@ -29,9 +36,25 @@ def test_no_retries_where_they_are_switched_off():
     assert after(RetryPolicy(max_retries=0), tried(Cause.BROKE), chance=0.5) is None
 
 
-@pytest.mark.parametrize("cause", [Cause.CUT, Cause.REJECTED, Cause.OVERDUE, Cause.LEFT])
+@pytest.mark.parametrize("cause", [Cause.REJECTED, Cause.OVERDUE, Cause.LEFT, Cause.OUTRUN])
 def test_there_is_no_second_try_for(cause):
     assert after(POLICY, tried(cause), chance=0.5) is None
+
+
+def test_one_engine_that_died_over_it_may_have_died_of_something_else():
+    assert not is_poison(tried(Cause.CRASHED))
+    assert after(POLICY, tried(Cause.CRASHED), chance=0.5) is not None
+
+
+def test_a_second_engine_that_died_over_it_was_the_last_one():
+    history = tried(Cause.CRASHED, Cause.BROKE, Cause.CRASHED)
+    assert is_poison(history)
+    assert after(POLICY, history, chance=0.5) is None
+
+
+def test_who_cannot_go_on_with_an_answer_is_not_the_worse_for_it():
+    assert CAUSES[Cause.CANNOT_CONTINUE].verdict is Verdict.UNKNOWN
+    assert after(POLICY, tried(Cause.CANNOT_CONTINUE), chance=0.5) == Again(0.0, frozenset({WorkerId("w0")}))
 
 
 def test_every_cause_has_its_consequence():
@@ -48,3 +71,18 @@ def test_a_retry_never_waits_long_and_avoids_all_who_failed(causes, chance):
     if again is not None:
         assert 0 <= again.delay <= POLICY.longest_seconds
         assert again.avoid == {attempt.worker_id for attempt in history}
+
+
+@given(
+    st.lists(st.sampled_from(sorted(Cause, key=lambda c: c.value)), max_size=20),
+    st.integers(0, 10),
+)
+def test_no_request_is_the_last_of_more_engines_than_may_be(causes, max_retries):
+    """Whatever its attempts come to, as long as `after` is asked before each next one."""
+    history: list[Tried] = []
+    for one in tried(*causes):
+        history.append(one)
+        if after(RetryPolicy(max_retries=max_retries), history, chance=0.5) is None:
+            break
+    assert sum(one.cause is Cause.CRASHED for one in history) <= MAX_CRASHES
+    assert len(history) <= max_retries + 1

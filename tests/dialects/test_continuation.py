@@ -44,6 +44,7 @@ SECOND = {
     "model": "their-m",
     "system_fingerprint": "b",
 }
+PLAIN = {"index": 0, "delta": {"content": "x"}, "finish_reason": None}
 ROLE = {"role": "assistant", "content": ""}
 
 
@@ -238,7 +239,9 @@ def test_comments_line_ends_and_nulls_do_no_harm():
         chunk({"audio": {"id": "1"}}),
         chunk({"content": ["x"]}),
         text_chunk("the other form"),
-        orjson.dumps(FIRST | {"choices": [{"index": 1, "delta": {"content": "x"}}]}),
+        orjson.dumps(FIRST | {"choices": [{**PLAIN, "text": "the other form too"}]}),
+        orjson.dumps(FIRST | {"choices": [{**PLAIN, "index": 1}]}),
+        orjson.dumps(FIRST | {"choices": [PLAIN, {**PLAIN, "index": 1}]}),
         orjson.dumps({"error": {"message": "no"}}),
         b'{"choices":[{"x":' + b"[" * 500 + b"]" * 500 + b"}]}",
         b"{",
@@ -300,13 +303,8 @@ ANY_EVENT = st.one_of(
             text_chunk("x"),
             usage_chunk(3, 7),
             orjson.dumps(FIRST | {"choices": [{"index": 1, "delta": {"content": "x"}}]}),
-            orjson.dumps(
-                FIRST | {"choices": [{"index": 1, "delta": {"content": "x"}, "finish_reason": None}]}
-            ),
-            orjson.dumps(
-                FIRST
-                | {"choices": [{"index": 0, "delta": {"content": "x"}, "text": "y", "finish_reason": None}]}
-            ),
+            orjson.dumps(FIRST | {"choices": [{**PLAIN, "index": 1}]}),
+            orjson.dumps(FIRST | {"choices": [{**PLAIN, "text": "y"}]}),
             b'{"choices":[]},{"choices":[]}',
             b'{"choices":[{}]}',
             b'{"error":"no"}',

@@ -232,7 +232,8 @@ def test_a_bare_end_mark_is_no_end():
 def test_several_choices_are_whole_when_each_has_finished():
     reader = StreamReader("m", usage_wanted=True, choices=2)
     whole = []
-    for data in (chunk({"content": "a"}), chunk(finish="stop"), chunk(finish="stop")):
+    second = {"index": 1, "delta": {}, "finish_reason": "stop"}
+    for data in (chunk({"content": "a"}), chunk(finish="stop"), chunk(choices=[second])):
         reader.read(data)
         whole.append(reader.is_whole)
     assert whole == [False, False, True]

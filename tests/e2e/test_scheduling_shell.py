@@ -80,6 +80,9 @@ class Script:
     def serves(self, model: ModelName) -> bool:
         return True
 
+    def is_at_work(self, worker_id: WorkerId, now: float) -> bool:
+        return False
+
     def standing(self, ticket: Ticket, now: float) -> Standing | None:
         return None
 
