@@ -479,6 +479,7 @@ class Journey:
             error=error,
             service_class=story.service_class,
             warm_ups=story.warm_ups,
+            continued=story.continued,
         )
         for observe in self._observers:
             observe(served)

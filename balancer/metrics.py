@@ -6,18 +6,24 @@ Labels are bounded: a model name counts only once some worker serves it, since c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from balancer.core.dispatcher import Snapshot
-from balancer.core.model import ModelName, Served
+from balancer.core.model import Attempt, ModelName, Served
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
 """From a cached first token to the longest answer; every second step is a factor of ten."""
+
+MAX_LOOKED_UP = 4096
+"""Counters that are held by their labels. They bound memory, not what is counted."""
+
+_Metric = TypeVar("_Metric", Counter, Histogram)
 
 
 class Metrics:
@@ -73,27 +79,49 @@ class Metrics:
             ("model",),
             registry=self._registry,
         )
+        self._continued = Counter(
+            "balancer_continued_streams",
+            "Streamed answers that went on at another worker.",
+            ("model",),
+            registry=self._registry,
+        )
+        self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}
         self._registry.register(_Room(snapshot))
 
     def observe(self, served: Served) -> None:
         """Count a finished request. Holds no text, key or address."""
         model = self._bounded(served.model)
-        endpoint = served.endpoint.value
-        self._requests.labels(model, endpoint, str(served.status), served.error).inc()
-        self._seconds.labels(model, endpoint).observe(served.seconds)
-        self._queue.labels(model, endpoint, served.service_class.value).observe(served.queue_seconds)
-        self._warm_ups.labels(model).inc(served.warm_ups)
+        endpoint, status = served.endpoint.value, str(served.status)
+        self._child(self._requests, model, endpoint, status, served.error).inc()
+        self._child(self._seconds, model, endpoint).observe(served.seconds)
+        self._child(self._queue, model, endpoint, served.service_class.value).observe(served.queue_seconds)
+        if served.warm_ups:
+            self._child(self._warm_ups, model).inc(served.warm_ups)
+        if served.continued:
+            self._child(self._continued, model).inc(served.continued)
         for attempt in served.attempts:
-            self._attempts.labels(attempt.worker_id, attempt.cause or "answered").inc()
-            measures = attempt.measures
-            if measures.first_byte is not None:
-                self._first_byte.labels(model, attempt.worker_id).observe(measures.first_byte)
-            if measures.prompt_tokens is not None:
-                self._tokens.labels(model, attempt.worker_id, "prompt").inc(measures.prompt_tokens)
-            if measures.cached_tokens is not None:
-                self._cached.labels(model, attempt.worker_id).inc(measures.cached_tokens)
-            if measures.output_tokens is not None:
-                self._tokens.labels(model, attempt.worker_id, "output").inc(measures.output_tokens)
+            self._observe_attempt(model, attempt)
+
+    def _observe_attempt(self, model: str, attempt: Attempt) -> None:
+        worker, measures = attempt.worker_id, attempt.measures
+        self._child(self._attempts, worker, attempt.cause or "answered").inc()
+        if measures.first_byte is not None:
+            self._child(self._first_byte, model, worker).observe(measures.first_byte)
+        if measures.prompt_tokens is not None:
+            self._child(self._tokens, model, worker, "prompt").inc(measures.prompt_tokens)
+        if measures.cached_tokens is not None:
+            self._child(self._cached, model, worker).inc(measures.cached_tokens)
+        if measures.output_tokens is not None:
+            self._child(self._tokens, model, worker, "output").inc(measures.output_tokens)
+
+    def _child(self, metric: _Metric, *labels: str) -> _Metric:
+        """To have a metric look one up by its labels costs ten times what counting does."""
+        child: _Metric | None = self._children.get((metric, labels))
+        if child is None:
+            if len(self._children) >= MAX_LOOKED_UP:
+                self._children.clear()
+            child = self._children[metric, labels] = metric.labels(*labels)
+        return child
 
     def render(self) -> bytes:
         """The page for a scrape, in Prometheus' text format."""

@@ -324,11 +324,12 @@ class _InOnePiece:
 
     reader = None
 
-    def __init__(self, head: Head, request: Request, progress: Progress, *, streams: bool) -> None:
+    def __init__(self, head: Head, request: Request, progress: Progress, *, to_stream: bool) -> None:
+        """`to_stream`: its client streams."""
         self._head = head
         self._request = request
         self._progress = progress
-        self._streams = streams
+        self._to_stream = to_stream
         self._body = bytearray()
         self._limit = MAX_ANSWER_BYTES if head.status == 200 else MAX_ERROR_BYTES
 
@@ -342,7 +343,7 @@ class _InOnePiece:
         if self._head.status != 200:
             raise _complaint(self._head, bytes(self._body))
         answer, self._progress.usage = parse_whole(bytes(self._body), self._request.model)
-        if self._streams:
+        if self._to_stream:
             raise AnswerError("it was asked for a stream and answered in one piece")
         self._progress.tokens = self._progress.usage.output_tokens or 0
         return orjson.dumps(answer)
@@ -473,7 +474,8 @@ class _Listener:
 
     def head(self, head: Head) -> None:
         if head.status != 200 or not self._streams or head.content_type != "text/event-stream":
-            self._taker = _InOnePiece(head, self._request, self._progress, streams=self._streams)
+            to_stream = self._stream is not None
+            self._taker = _InOnePiece(head, self._request, self._progress, to_stream=to_stream)
         elif self._stream is None:
             self._taker = _Assembled(self._request)
         else:

@@ -224,6 +224,8 @@ class Served:
     service_class: ServiceClass = ServiceClass.INTERACTIVE
     warm_ups: int = 0
     """How often a worker read a part of the prompt ahead. They are not among the attempts."""
+    continued: int = 0
+    """How often a streamed answer went on at another worker."""
 
 
 # What happens to the dispatcher ...
