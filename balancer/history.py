@@ -78,10 +78,11 @@ def _attempt(attempt: Attempt) -> dict[str, Any]:
 
 def share_of(choice: Choice, worker_id: str) -> float:
     """How likely this candidate was to be picked, 0 to 1."""
-    weights = {candidate.worker_id: candidate.weight for candidate in choice.candidates}
-    if not weights:  # it was settled before any candidates were looked at
+    if not choice.candidates:  # it was settled before any were looked at
         return float(worker_id == choice.worker_id)
-    total = sum(weights.values())
-    if total <= 0:
-        return 1 / len(weights)
-    return next((weight for name, weight in weights.items() if name == worker_id), 0.0) / total
+    total = mine = 0.0
+    for candidate in choice.candidates:
+        total += candidate.weight
+        if candidate.worker_id == worker_id:
+            mine = candidate.weight
+    return mine / total if total > 0 else 1 / len(choice.candidates)

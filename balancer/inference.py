@@ -11,8 +11,8 @@ import asyncio
 import hashlib
 import logging
 import math
+import os
 import re
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -50,9 +50,7 @@ PRIORITY_HEADER = "X-Priority"
 COMMENT_GAP_SECONDS = 10.0
 """Between two comments to a client that waits; the first may come sooner."""
 
-_REQUEST_ID, _HOPS, _PRIORITY = (
-    name.lower() for name in (REQUEST_ID_HEADER, HOPS_HEADER, PRIORITY_HEADER)
-)
+_REQUEST_ID, _HOPS, _PRIORITY = (name.lower() for name in (REQUEST_ID_HEADER, HOPS_HEADER, PRIORITY_HEADER))
 _HARMLESS_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 JSON_TYPE = "application/json"
@@ -320,7 +318,7 @@ def insist_on_plain_json(headers: Mapping[str, str]) -> None:
 def request_id(headers: Mapping[str, str]) -> str:
     """The client's own id where it is harmless in a log and a header, else one of ours."""
     theirs = headers.get(_REQUEST_ID, "")
-    return theirs if _HARMLESS_ID.fullmatch(theirs) else f"req_{uuid.uuid4().hex}"
+    return theirs if _HARMLESS_ID.fullmatch(theirs) else f"req_{os.urandom(16).hex()}"
 
 
 def _hops(value: str) -> int:

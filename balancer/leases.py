@@ -175,6 +175,27 @@ class Lease:
         )
 
 
+class _Acquired:
+    """A place in line, then a slot: what `Leases.acquire` gives."""
+
+    __slots__ = ("_ask", "_entered", "_leases", "_ticket")
+
+    def __init__(self, leases: Leases, ask: Ask, entered: Callable[[Ticket], None]) -> None:
+        self._leases = leases
+        self._ask = ask
+        self._entered = entered
+        self._ticket = Ticket(next(leases._tickets))
+
+    async def __aenter__(self) -> Lease:
+        self._entered(self._ticket)
+        return await self._leases._enter(self._ticket, self._ask)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._leases._leave(self._ticket)
+
+
 class Leases:
     """Use it as an asynchronous context manager: leaving the block ends the probes that are under way."""
 
@@ -255,17 +276,15 @@ class Leases:
         original.on_copy(self._lease(grant))
         return []
 
-    @asynccontextmanager
-    async def acquire(
-        self, ask: Ask, entered: Callable[[Ticket], None] = lambda _: None
-    ) -> AsyncIterator[Lease]:
-        """A slot on a worker, as soon as one that fits has room; given back with the block at the latest.
-        `entered` is told the ticket by which `standing` says how long that may take.
+    def acquire(self, ask: Ask, entered: Callable[[Ticket], None] = lambda _: None) -> _Acquired:
+        """For an `async with`: a slot on a worker, as soon as one that fits has room; given back with the
+        block at the latest. `entered` is told the ticket by which `standing` says how long that may take.
 
-        Raises `Refused`.
+        Entering it raises `Refused`.
         """
-        ticket = Ticket(next(self._tickets))
-        entered(ticket)
+        return _Acquired(self, ask, entered)
+
+    async def _enter(self, ticket: Ticket, ask: Ask) -> Lease:
         answered: asyncio.Future[Lease | Refuse] = asyncio.get_running_loop().create_future()
         self._waiting[ticket] = answered
         try:
@@ -273,12 +292,16 @@ class Leases:
             answer = await answered
             if isinstance(answer, Refuse):
                 raise Refused(answer)
-            yield answer
-        finally:
-            if self._waiting.pop(ticket, None) is not None:
-                self.tell(Ended(ticket))
-            elif (lease := self._held.get(ticket)) is not None:
-                self._end_lease(lease)
+        except BaseException:
+            self._leave(ticket)
+            raise
+        return answer
+
+    def _leave(self, ticket: Ticket) -> None:
+        if self._waiting.pop(ticket, None) is not None:
+            self.tell(Ended(ticket))
+        elif (lease := self._held.get(ticket)) is not None:
+            self._end_lease(lease)
 
     def _end_lease(self, lease: Lease) -> None:
         if self._held.pop(lease.grant.ticket, None) is not None:
