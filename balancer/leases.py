@@ -48,6 +48,9 @@ log = logging.getLogger(__name__)
 TICK_SECONDS = 0.25
 """How late a refusal after too long a wait, or the end of a breaker's rest, may be noticed."""
 
+STOOD_STILL_SECONDS = 1.0
+"""A tick that is so late shows an event loop that stood still."""
+
 
 class Refused(Exception):
     """The dispatcher turned an ask away."""
@@ -214,6 +217,7 @@ class Leases:
         self._held: dict[Ticket, Lease] = {}
         self._probes: dict[Ticket, asyncio.Future[Ended]] = {}
         self._closing = False
+        self._ticked = clock()
 
     async def __aenter__(self) -> Self:
         return self
@@ -332,6 +336,9 @@ class Leases:
 
     def tick(self) -> None:
         """Time has passed; call it every TICK_SECONDS."""
+        before, self._ticked = self._ticked, self._clock()
+        if self._ticked - before > STOOD_STILL_SECONDS:
+            return  # what came meanwhile is yet to be read: nobody was silent but we
         grown = ((ticket, lease.grown()) for ticket, lease in self._held.items())
         self.tell(Tick({ticket: tokens for ticket, tokens in grown if tokens is not None}))
 

@@ -35,7 +35,12 @@ REMEMBERED_SECONDS = 600.0
 MAX_REMEMBERED = 1024
 
 Ask = Callable[[Worker, ModelName, Request], Awaitable[bytes | None]]
-"""Has a worker answer in one piece; None: it did not."""
+"""Has a worker answer in one piece; None: it says that the request is wrong. Raises `Unanswered`."""
+
+
+class Unanswered(Exception):
+    """A worker could not be asked: it is busy, say, or gone."""
+
 
 _WORD = re.compile(r"\s*\S+")
 
@@ -59,7 +64,10 @@ class Prefills:
             known = self._known.get(key)
             if known is not None and self._clock() - known[0] < REMEMBERED_SECONDS:
                 return known[1]
-            found = await self._find(worker, model)
+            try:
+                found = await self._find(worker, model)
+            except Unanswered:
+                return None  # for now: it could not be asked, so nothing was found out
             if len(self._known) >= MAX_REMEMBERED:
                 self._known.clear()
                 self._asking = {key: lock for key, lock in self._asking.items() if lock.locked()}
@@ -74,21 +82,22 @@ class Prefills:
         for question in seams.QUESTIONS:
             body = seams.question_body(model, question)
             whole = await self._text(worker, model, body, {})
-            pair = None if whole is None else seams.cut(_WORD.findall(whole))
+            pair = seams.cut(_WORD.findall(whole))
             if pair is None:
                 continue
             given, rest = pair
             for way in WAYS:
                 continued = await self._text(worker, model, seams.begun_body(body, given), way)
-                if continued is not None and seams.is_clean(rest, continued):
+                if seams.is_clean(rest, continued):
                     return way
             return None
         return None
 
-    async def _text(self, worker: Worker, model: ModelName, body: Mapping[str, Any], way: Way) -> str | None:
+    async def _text(self, worker: Worker, model: ModelName, body: Mapping[str, Any], way: Way) -> str:
+        """Its answer; empty where it takes no such request. Raises `Unanswered`."""
         request = parse(Endpoint.CHAT, orjson.dumps({**body, "stream": False})).with_fields(way)
         answer = await self._ask(worker, model, request)
         if answer is None:
-            return None
+            return ""
         text = orjson.loads(answer)["choices"][0]["message"].get("content")
-        return text if isinstance(text, str) else None
+        return text if isinstance(text, str) else ""

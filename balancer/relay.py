@@ -36,7 +36,8 @@ from balancer.dialects.openai import (
     trial,
 )
 from balancer.dialects.passing import Passage
-from balancer.prefills import Prefills
+from balancer.patience import SECOND_CHANCE_SECONDS, TOLERATED_LAG_SECONDS
+from balancer.prefills import Prefills, Unanswered
 from balancer.upstream import (
     Address,
     Exchange,
@@ -278,6 +279,8 @@ class Relay:
 
     async def _answer_of(self, worker: Worker, model: ModelName, request: Request) -> bytes | None:
         outcome = await self.attempt(worker, model, request, {}, None, Progress(self._clock()))
+        if outcome.cause not in (None, Cause.REJECTED):
+            raise Unanswered
         return outcome.answer
 
     def _head(self, worker: Worker, endpoint: Endpoint, streams: bool) -> tuple[Address, bytes]:
@@ -546,6 +549,8 @@ class _Listener:
         self._patience = self._loop.call_at(self._heard + self._read_seconds, self._look)
 
     def _look(self) -> None:
+        if self._clock() - (self._heard + self._read_seconds) > TOLERATED_LAG_SECONDS:
+            self._heard = self._clock() - self._read_seconds + SECOND_CHANCE_SECONDS  # the loop stood still
         if self._exchange is not None and self._exchange.paused:
             self._heard = self._clock()  # the reader's own time does not count as the worker's
         if self._clock() - self._heard >= self._read_seconds:

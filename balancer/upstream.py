@@ -27,6 +27,7 @@ MAX_HEADERS = 128
 IDLE_SECONDS = 15.0
 """An agent keeps idle connections for 75 s; ours are given up long before, so that a request does not meet
 a connection that is being closed."""
+DISTRUST_SECONDS = 60.0
 MAX_IDLE = 256
 """Connections that are kept for one address."""
 REST_SECONDS = 1.0
@@ -210,7 +211,7 @@ class Exchange(asyncio.Protocol):
         if exc is None and self._status and not self._by_length:
             self._end()
         elif not self._heard and self._served > 1:
-            self._pool.keeps = False
+            self._pool.distrust()
             self._fail(Stale("the connection was closed meanwhile"))
         else:
             why = f": {_name(exc)}" if exc is not None else ""
@@ -291,10 +292,17 @@ class _Pool:
         self.address = address
         self._tls = tls
         self._idle: deque[Exchange] = deque()
-        self.keeps = True
+        self._distrusted_until = 0.0
+
+    @property
+    def keeps(self) -> bool:
         """Connections are used again. llama.cpp's server promises to keep them and closes at the end of each
-        stream: 6 to 10 of 20 pooled requests met a closed one (ENGINES 1c), so who was once found to do that
-        gets a new connection each time."""
+        stream: 6 to 10 of 20 pooled requests met a closed one (ENGINES 1c), so who was found to do that gets
+        a new connection each time, for a while."""
+        return asyncio.get_running_loop().time() >= self._distrusted_until
+
+    def distrust(self) -> None:
+        self._distrusted_until = asyncio.get_running_loop().time() + DISTRUST_SECONDS
 
     def take(self, now: float) -> Exchange | None:
         while self._idle:

@@ -29,6 +29,7 @@ from balancer.core.model import (
     WorkerId,
 )
 from balancer.identity import identity, with_automatic_names
+from balancer.patience import Patience, patient
 from balancer.worker_types import MAX_PROBE_BYTES, WORKER_TYPES, ProbeFailed, said_in
 from worker_agent import wire
 
@@ -185,7 +186,7 @@ class _Watch:
             # A stream that broke has what is left of the silence to come back, a lost agent a whole one.
             silent_from = began if self._heard is None or self._lost is not None else self._heard
             try:
-                async with asyncio.timeout_at(silent_from + policy.lost_after_seconds) as silence:
+                async with patient(silent_from + policy.lost_after_seconds) as silence:
                     await self._hear(silence)
                 reason, broke = "it ended its report stream", True
             except TimeoutError:
@@ -205,7 +206,7 @@ class _Watch:
             await asyncio.sleep(pause * (1 - self._chance() / 2))
             pause = min(2 * pause, policy.longest_pause_seconds)
 
-    async def _hear(self, silence: asyncio.Timeout) -> None:
+    async def _hear(self, silence: Patience) -> None:
         """Until the stream ends; each report moves the end of the agent's time."""
         async with self._session.get(
             self._worker.url + wire.REPORT_PATH,

@@ -25,11 +25,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     # The shell performs.
     "balancer.upstream": set(),
     "balancer.leases": {"balancer.core"},
+    "balancer.patience": set(),
     "balancer.prefills": {"balancer.core", "balancer.dialects", "worker_agent.continuation"},
     "balancer.relay": {
         "balancer.continuation",
         "balancer.core",
         "balancer.dialects",
+        "balancer.patience",
         "balancer.prefills",
         "balancer.upstream",
         "balancer.worker_types",
@@ -53,6 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "balancer.watch": {
         "balancer.core",
         "balancer.identity",
+        "balancer.patience",
         "balancer.worker_types",
         "worker_agent.wire",
     },
@@ -69,6 +72,26 @@ MAY_IMPORT: dict[str, set[str]] = {
         "worker_agent.sources",
         "worker_agent.wire",
     },
+    "balancer.clean_head": {"balancer.core"},
+    "balancer.connections": {"balancer.core", "worker_agent.sources"},
+    "balancer.origins": {"balancer.core"},
+    "balancer.hardened": {
+        "balancer.clean_head",
+        "balancer.core",
+        "balancer.dialects",
+        "balancer.origins",
+    },
+    "balancer.hot_path": {
+        "balancer.clean_head",
+        "balancer.connections",
+        "balancer.core",
+        "balancer.hardened",
+        "balancer.inference",
+        "balancer.origins",
+    },
+    # What is around the process: the socket that it inherits, the parent that owns it.
+    "balancer.inherited": set(),
+    "balancer.keeping": set(),
     # Configuration.
     "balancer.config_file": {"balancer.core", "balancer.worker_types", "worker_agent.sources"},
     "balancer.settings": {"balancer.config_file", "balancer.discovery"},
@@ -98,10 +121,13 @@ MAY_IMPORT: dict[str, set[str]] = {
 MAY_READ_SETTINGS = {"balancer.app", "balancer.__main__", "worker_agent.app", "worker_agent.__main__"}
 
 PURE = {
+    "balancer.clean_head",
+    "balancer.connections",
     "balancer.continuation",
     "balancer.core",
     "balancer.dialects",
     "balancer.identity",
+    "balancer.origins",
     "balancer.worker_types",
     "worker_agent.gguf",
     "worker_agent.events",
@@ -205,6 +231,7 @@ def test_the_agents_contract_is_all_that_the_balancer_knows_of_it():
         name for module, path in MODULES.items() if module.startswith("balancer") for name in imports(path)
     }
     assert {name for name in known if name.startswith("worker_agent")} <= {
+        "worker_agent.continuation",
         "worker_agent.wire",
         "worker_agent.sources",
     }

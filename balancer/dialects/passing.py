@@ -15,6 +15,7 @@ from balancer.dialects.openai import AnswerError, StreamReader
 MAX_UNBEGUN_BYTES = 1024 * 1024
 """So much of a stream may pass without a word of the answer before the worker is taken to be broken."""
 
+_CONTROL = bytes(range(32))
 _NO_USAGE = b'"usage":null'
 _TELLING = (b'"error"', b'"finish_reason":"', b'"finish_reason": "')
 """What an event may hold that says more than a piece of the answer."""
@@ -82,7 +83,9 @@ def _plain_events(data: bytes) -> int:
     if not data.startswith(b"data: {") or not data.endswith(b"}\n\n"):
         return 0
     events = data.count(b"}\n\n")
-    if data.count(b"\n") != 2 * events or data.count(b"\n\ndata: {") != events - 1:
+    if data.count(b"\n\ndata: {") != events - 1:
+        return 0
+    if len(data.translate(None, _CONTROL)) != len(data) - 2 * events:  # a line break in an event, or worse
         return 0
     for word in _TELLING:
         if word in data:
