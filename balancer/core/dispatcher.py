@@ -201,8 +201,6 @@ class Dispatcher:
             case Draining(worker_id, on):
                 if not self._fleet.drained(worker_id, on):
                     return []
-                if on:
-                    self._batch.evict(worker_id)
                 return self._place(None, now)
             case Gone(worker_id):
                 self._fleet.gone(worker_id)
@@ -309,7 +307,7 @@ class Dispatcher:
         if flight.of is not None:
             self._copies.pop(flight.of, None)
         member = flight.member
-        was_closed = member.breaker.phase is Phase.CLOSED
+        was_closed, was_stuck = member.breaker.phase is Phase.CLOSED, member.breaker.stuck
         member.breaker = member.breaker.settled(event.ticket, event.verdict, now, silent=event.silent)
         if event.verdict is Verdict.GOOD:
             learning.answered(flight, event.measures, self._forecast, now)
@@ -327,7 +325,7 @@ class Dispatcher:
             member.lost = "could not be connected to"
             self._fleet.forget_able()
         is_closed = member.breaker.phase is Phase.CLOSED
-        if was_closed != is_closed:
+        if was_closed != is_closed or was_stuck != member.breaker.stuck:
             self._fleet.forget_able()
         if was_closed and not is_closed:
             member.starts_slowly()

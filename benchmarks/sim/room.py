@@ -288,8 +288,6 @@ class Room:
         if attempt.ticket not in self._attempts:
             return
         call = attempt.call
-        if call is not None and call.streams and attempt.first is not None:
-            cause = Cause.CUT
         verdict = CAUSES[cause].verdict
         if cause is Cause.OVERDUE and attempt.first is None:
             verdict = Verdict.BAD  # all that time and not a word (see `Journey._interrupted`)
@@ -300,7 +298,8 @@ class Room:
         call.tried.append(Tried(WorkerId(self._machines[attempt.machine].name), cause))
         if call.tickets:
             return  # another attempt at it goes on
-        again = after(self._habits.retry, call.tried, self._chance.random())
+        is_cut = call.streams and attempt.first is not None  # no answer goes on elsewhere here
+        again = None if is_cut else after(self._habits.retry, call.tried, self._chance.random())
         if again is None:
             call.end(self.time.now, answered=False)
         else:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from balancer.core.breaker import Phase
 from balancer.core.dispatcher import HedgePolicy
-from balancer.core.model import Ended, ModelOffer, Ticket, Verdict
+from balancer.core.model import Draining, Ended, ModelOffer, Ticket, Verdict, WorkerId
 from balancer.core.placement import POLICIES
 from tests.core.rooms import M, Room, condition, granted, grants, old_cpu
 
@@ -100,20 +100,58 @@ def test_a_worker_that_is_asked_by_others_is_left_alone(policy):
 
 @every_policy
 def test_a_worker_that_failed_of_late_is_left_alone(policy):
+    """Were it that nobody is well, so that it may be asked at all."""
     room = room_of(policy)
-    for number in range(10, 13):
-        room.ask(number, avoid=["a"])
-        room.end(number, Verdict.BAD)
-    assert room.view("b").breaker is Phase.OPEN
-    room.ask(1, tokens=10)
+    for other in "ab":
+        for number in range(3):
+            room.ask(ord(other) + 10 * number, avoid=[other])
+            room.end(ord(other) + 10 * number, Verdict.BAD)
+    assert {room.view(name).breaker for name in "ab"} == {Phase.OPEN}
+    assert granted(room.ask(1, tokens=10))
     assert grants(room.ticks(4)) == []
 
 
 @every_policy
 def test_a_worker_that_failed_this_request_before_is_left_alone(policy):
     room = room_of(policy)
-    room.ask(1, tokens=10, avoid=["a"])
+    assert granted(room.ask(1, tokens=10, avoid=["a"]))
     assert grants(room.ticks(4)) == []
+
+
+@every_policy
+def test_so_it_is_though_everybody_has_failed_it(policy):
+    room = room_of(policy)
+    assert granted(room.ask(1, tokens=10, avoid=["a", "b"]))
+    assert grants(room.ticks(4)) == []
+
+
+@every_policy
+def test_a_worker_that_would_have_to_load_the_model_first_is_left_alone(policy):
+    room = room_of(policy, names="a")
+    room.add("b", replace(condition(), models=(ModelOffer(name=M, loaded=False, load_seconds=60),)))
+    assert granted(room.ask(1, tokens=10, avoid=["b"])) == [(1, "a")]
+    room.end(1)
+    for number in (2, 3, 4, 5):
+        for _, name in granted(room.ask(number, tokens=10)):
+            copies = grants(room.ticks(4))
+            assert [copy.worker.id for copy in copies] == ([] if name == "a" else ["a"])
+            for copy in copies:
+                room.tell(Ended(copy.ticket))
+            room.end(number)
+
+
+def test_what_a_copy_writes_is_a_chat_as_any_other():
+    """Half of its worker's slots are kept from class batch."""
+    room = room_of(slots=4)
+    ((_, first),) = granted(room.ask(1, tokens=10))
+    copy = only(room.ticks(4))
+    room.begin(copy.ticket)
+    room.tell(Ended(Ticket(1)))
+    room.tell(Draining(WorkerId(first)))
+    for number in range(10, 16):
+        for ticket, _ in granted(room.ask(number, tokens=10, batch=True) + room.tick(0.5)):
+            room.begin(ticket, after=0.1)
+    assert room.view(copy.worker.id).running == 2
 
 
 def test_a_worker_whose_context_is_too_short_is_left_alone():

@@ -8,7 +8,7 @@ from balancer.core.model import Lost, Reported, Verdict, WorkerId
 from balancer.core.placement import POLICIES
 from balancer.core.retry import Cause
 from tests.core.played import GOOD, Played, answers_in
-from tests.core.rooms import Room, condition, granted, probes
+from tests.core.rooms import Room, abandoned, condition, granted, probes
 
 ONE_FAILURE = BreakerPolicy(trip_after=1, rest_seconds=10)
 every_policy = pytest.mark.parametrize("policy", POLICIES)
@@ -101,6 +101,18 @@ def test_beside_one_that_says_nothing_the_one_that_fails_is_asked(policy):
         room.end(number, Verdict.BAD)
 
 
+@every_policy
+def test_a_probe_that_nothing_comes_of_shows_that_it_is_stuck(policy):
+    """Until then it was asked, for want of one that did not fail."""
+    room = Room(policy, breaker=ONE_FAILURE)
+    room.add("only", condition(slots=2))
+    room.ask(1)
+    room.end(1, Verdict.BAD)
+    (probe,) = probes(room.tick(11))
+    assert room.ask(2) == [], "its one slot is taken by the probe"
+    assert granted(room.end(probe.ticket, Verdict.BAD, silent=True)) == []
+
+
 def test_an_engine_that_falls_silent_in_the_midst_of_answers_is_stuck():
     room = Room()
     room.add("only", condition())
@@ -110,6 +122,19 @@ def test_an_engine_that_falls_silent_in_the_midst_of_answers_is_stuck():
     room.ticks(8)
     assert room.view("only").stuck
     assert "says nothing" in room.view("only").detail
+
+
+def test_a_worker_that_is_asked_for_want_of_a_better_one_and_says_nothing_is_asked_no_more():
+    room = Room(breaker=ONE_FAILURE)
+    room.add("only", condition())
+    room.ask(1)
+    room.end(1, Verdict.BAD)
+    assert granted(room.ask(2)) == [(2, "only")]
+    room.begin(2, after=1.0)
+    assert abandoned(room.ticks(7)) != []
+    assert room.view("only").stuck
+    room.end(2, Verdict.BAD)
+    assert granted(room.ask(3)) == []
 
 
 @every_policy
