@@ -266,7 +266,7 @@ class Journey:
             if again.delay:
                 await asyncio.sleep(again.delay)
             prefilled = call.stream is not None and call.stream.prefilled
-            needs = replace(needs, avoid=again.avoid, kin=call.kin if prefilled else None)
+            needs = needs._replace(avoid=again.avoid, kin=call.kin if prefilled else None)
 
     # An answer that broke off
 

@@ -76,6 +76,8 @@ class Breaker:
             case Phase.HALF_OPEN, Verdict.UNKNOWN:
                 return replace(self, probe=None)
             case Phase.CLOSED, Verdict.GOOD:
+                if not (self.failures or self.trips or self.excused):
+                    return self
                 stable = now - self.closed_at >= self.policy.longest_rest_seconds
                 return (
                     replace(self, failures=0, trips=0, excused=False) if stable else replace(self, failures=0)

@@ -7,7 +7,7 @@ it for each ask.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from heapq import nsmallest
 from math import inf
 from typing import Protocol
@@ -211,8 +211,8 @@ class Chooser:
         picked = pick(candidates, self._chance.random())
         member, cached, _ = usable[picked.worker_id]
         told = tuple(
-            replace(
-                one, expected_seconds=usable[one.worker_id][2], cached_tokens=int(usable[one.worker_id][1])
+            one._replace(
+                expected_seconds=usable[one.worker_id][2], cached_tokens=int(usable[one.worker_id][1])
             )
             for one in candidates
         )

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import accumulate
-from math import inf, prod
+from math import inf
 
 from balancer.core.fleet import Line
 from balancer.core.model import Candidate, WorkerId
@@ -98,15 +98,23 @@ def rate(
     standings: Mapping[WorkerId, Standing], weights: Mapping[str, float], combine: Combine = Combine.SUM
 ) -> tuple[Candidate, ...]:
     """Every candidate with its scores and its weight."""
-    rated = []
-    for worker_id, standing in standings.items():
-        scores = {name: SCORERS[name](standing) for name in weights}
-        if combine is Combine.SUM:
-            weight = sum(weights[name] * score for name, score in scores.items())
-        else:
-            weight = prod(score ** weights[name] for name, score in scores.items())
-        rated.append(Candidate(worker_id=worker_id, scores=scores, weight=weight))
-    return tuple(rated)
+    return tuple(
+        Candidate(worker_id, scores := _scores(standing, weights), _weight(scores, weights, combine))
+        for worker_id, standing in standings.items()
+    )
+
+
+def _scores(standing: Standing, weights: Mapping[str, float]) -> dict[str, float]:
+    return {name: SCORERS[name](standing) for name in weights}
+
+
+def _weight(scores: Mapping[str, float], weights: Mapping[str, float], combine: Combine) -> float:
+    if combine is Combine.SUM:
+        return sum(weights[name] * score for name, score in scores.items())
+    weight = 1.0
+    for name, score in scores.items():
+        weight *= score ** weights[name]
+    return weight
 
 
 def pick(candidates: Sequence[Candidate], chance: float) -> Candidate:

@@ -6,11 +6,10 @@ To add one: a function here and a line in SCORERS; a policy gives it a weight by
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
+class Standing(NamedTuple):
     """What scorers may know of one candidate for one ask."""
 
     running: int

@@ -446,7 +446,7 @@ class AnyHistory(RuleBasedStateMachine):
                 self.tell(Ended(other))
         elif verdict is Verdict.BAD and not others:
             avoid = one.ask.needs.avoid | {one.worker_id}
-            self.join(replace(one.ask, needs=replace(one.ask.needs, avoid=avoid), admitted=True))
+            self.join(replace(one.ask, needs=one.ask.needs._replace(avoid=avoid), admitted=True))
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
