@@ -1,0 +1,69 @@
+"""A balancer as its users run it, in front of workers that are there already."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import orjson
+
+from balancer.config_file import WorkerEntry
+from benchmarks.processes import Started, free_ports, started
+
+READY_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """`balancer serve`, ready."""
+
+    url: str
+    started: Started
+
+
+@asynccontextmanager
+async def balancer(
+    entries: Sequence[dict[str, Any]], folder: Path, **settings: object
+) -> AsyncIterator[Serving]:
+    """With these workers, all of which can generate. Raises `NotReady`."""
+    config = folder / "balancer.json"
+    config.write_bytes(orjson.dumps({"workers": entries} | settings))
+    (port,) = free_ports(1)
+    arguments = (
+        *(sys.executable, "-m", "balancer", "serve", "--config", str(config), "--host", "127.0.0.1"),
+        *("--port", str(port), "--no-mdns", "--data-dir", str(folder / "data")),
+    )
+    async with started(arguments, folder / "balancer.log") as one:
+        url = f"http://127.0.0.1:{port}"
+        await one.ready(lambda: workers_ready(url, len(entries)), READY_SECONDS)
+        yield Serving(url, one)
+
+
+async def workers_ready(url: str, count: int) -> bool:
+    """The balancer knows so many workers that can generate."""
+    with suppress(aiohttp.ClientError):
+        async with aiohttp.ClientSession() as http, http.get(f"{url}/readyz") as response:
+            return bool((await response.json())["workers_ready"] >= count)
+    return False
+
+
+def entry(number: int, url: str, slots: int | None) -> dict[str, Any]:
+    """The file's line for the worker `w0`, `w1`, ... at that URL; `slots` is None for an agent."""
+    host, port = url.removeprefix("http://").split(":")
+    one: dict[str, Any] = {"id": f"w{number}", "host": host, "port": int(port)}
+    if slots is None:
+        return one | {"type": "agent"}
+    one |= {"type": "openai", "max_concurrent_requests": slots}
+    return one | ({"continues": True} if "continues" in WorkerEntry.model_fields else {})
+
+
+def session() -> aiohttp.ClientSession:
+    """For as many requests at once as there are, each as long as it takes."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
+    )

@@ -1,0 +1,97 @@
+"""The agent's hop without an engine to run: its gateway in front of servers that are there already.
+
+`python -m benchmarks.static_agent --engine PORT --engine PORT ...` prints a port for each as its first line,
+in their order. The agents are called `agent-0`, `agent-1`, ... They are those of several machines in one
+process: what a request costs is the same, and one process is easier to weigh.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+import uvloop
+
+from benchmarks.mock_worker import MODEL
+from worker_agent.changes import Changes
+from worker_agent.engines.vllm import VLLM
+from worker_agent.gateway import Gateway
+from worker_agent.readiness import Address
+from worker_agent.server import ServerPolicy, listening
+from worker_agent.supervised import Plan, Serving
+from worker_agent.wire import EngineState, Report, ServedModel
+
+SLOTS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class StaticEngine:
+    """An engine that is always ready: a gateway's `Backend`."""
+
+    plan: Plan
+    serving: Serving | None
+
+    def heard(self, serving: Serving) -> None:
+        """It needs no proof of life."""
+
+    def doubt(self, serving: Serving) -> None:
+        """Nobody could restart it."""
+
+    def stuck(self, serving: Serving, reason: str) -> None:
+        """As little."""
+
+
+def agent_id(number: int) -> str:
+    """Of the agent in front of the engine with that number, from 0."""
+    return f"agent-{number}"
+
+
+def gateway(number: int, port: int) -> Gateway:
+    """In front of the server at that port of loopback, which keeps its connections as vLLM does."""
+    plan = Plan(spec=VLLM, model=MODEL, name=MODEL, slots=SLOTS, context_tokens=None, threads=1)
+    serving = Serving(address=Address(port=port, secret=None), model=MODEL, context_tokens=None)
+    model = ServedModel(name=MODEL)
+
+    def report() -> Report:
+        return Report(
+            id=agent_id(number),
+            state=EngineState.READY,
+            engine=plan.spec.name,
+            models=(model,),
+            slots=plan.slots,
+            running=one.running,
+        )
+
+    one = Gateway(StaticEngine(plan, serving), report, Changes())
+    return one
+
+
+async def _serve(engines: Sequence[int]) -> None:
+    told_to_stop = asyncio.Event()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(name, told_to_stop.set)
+    async with AsyncExitStack() as stack:
+        gateways = [gateway(number, port) for number, port in enumerate(engines)]
+        policy = ServerPolicy.for_slots(SLOTS)
+        ports = [
+            await stack.enter_async_context(listening(one.application(), "127.0.0.1", 0, policy))
+            for one in gateways
+        ]
+        print(*ports, flush=True)
+        await told_to_stop.wait()
+        for one in gateways:
+            await one.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.static_agent")
+    parser.add_argument("--engine", type=int, action="append", required=True, help="the port of a server")
+    uvloop.run(_serve(parser.parse_args().engine))
+
+
+if __name__ == "__main__":
+    main()
