@@ -77,6 +77,23 @@ class Host:
         """From now on the bridge hands this host no multicast; all else still passes."""
         _ip("-n", self.bridge, "link", "set", self.cable, "type", "bridge_slave", "mcast_flood", "off")
 
+    def pull_the_cable(self) -> None:
+        """Nothing reaches this host or leaves it, and nobody is told."""
+        _ip("-n", self.bridge, "link", "set", self.cable, "down")
+
+    def plug_it_in_again(self) -> None:
+        _ip("-n", self.bridge, "link", "set", self.cable, "up")
+
+    def lose_the_way_to(self, other: Host) -> None:
+        """What this host sends to the other is lost on the way, without a word; what comes from it arrives.
+
+        Its frames go to a hardware address that nobody has: that needs no packet filter."""
+        _ip("-n", self.namespace, "neighbour", "replace", *_nobody(other), "nud", "permanent")
+
+    def find_the_way_to(self, other: Host) -> None:
+        """It is looked up anew."""
+        _ip("-n", self.namespace, "neighbour", "delete", *_nobody(other))
+
     def _here(self, make: Callable[[], _T]) -> _T:
         """What `make` gives in a thread that has moved to this host; what it opened stays there."""
         made: list[_T] = []
@@ -143,6 +160,10 @@ def _namespace(name: str) -> Iterator[str]:
                 with suppress(psutil.NoSuchProcess):
                     psutil.Process(int(left)).kill()
             _ip("netns", "delete", name)
+
+
+def _nobody(host: Host) -> tuple[str, ...]:
+    return (host.address, "lladdr", "02:00:00:00:00:00", "dev", _PORT)
 
 
 def _host(namespace: str, bridge: str, number: int) -> Host:

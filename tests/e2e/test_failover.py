@@ -63,15 +63,25 @@ async def test_a_whole_answer_never_shows_that_in_the_middle(open_room: OpenRoom
 
 
 @pytest.mark.parametrize("fault", IN_THE_MIDDLE.values(), ids=IN_THE_MIDDLE)
+async def test_a_stream_goes_on_with_another_worker_when(open_room: OpenRoom, fault: Fault):
+    async with FakeEngine() as bad, FakeEngine() as good:
+        async with open_room(listed(bad, "a", continues=True), listed(good, "b", continues=True)) as room:
+            bad.always(fault)
+            for _ in range(4):
+                assert await ask(room.openai, stream=True) == TEXT
+            await room.idle()
+
+
+@pytest.mark.parametrize("fault", IN_THE_MIDDLE.values(), ids=IN_THE_MIDDLE)
 async def test_a_stream_is_never_cut_silently_when(open_room: OpenRoom, fault: Fault):
-    """After words have reached the client there is no starting over: it gets an error, and no end mark."""
-    async with FakeEngine() as bad, open_room(bad) as room:
+    """Where it may not go on elsewhere, the client gets an error, and no end mark."""
+    async with FakeEngine() as bad, open_room(bad, continue_streams=False) as room:
         bad.script(fault)
         body = {"model": "fake", "messages": MESSAGES, "stream": True}
         async with room.http.post(f"{room.url}/v1/chat/completions", json=body) as response:
             events = [line[6:] for line in (await response.text()).split("\n") if line.startswith("data: ")]
         assert "[DONE]" not in events
-        assert json.loads(events[-1])["error"]["code"] == "worker_failed"
+        assert json.loads(events[-1])["error"]["code"] == "stream_broken"
         words = "".join(
             json.loads(event)["choices"][0]["delta"].get("content") or "" for event in events[:-1]
         )

@@ -5,8 +5,9 @@ The stage on which the fault tests play. It listens on a real port, in the test'
 (`async with engine_process("--tokens", "8") as process: ...`, or `python -m tests.fakes.engine`, whose
 first line is its URL), and speaks OpenAI's API and as much of Ollama's as a balancer needs to know it.
 
-Its text follows from the prompt alone (`tests.fakes.speech`). A trailing assistant message that is a
-beginning of that text is continued, as llama.cpp does.
+Its text follows from the prompt alone (`tests.fakes.speech`). An answer that was begun is continued: in
+chat a trailing assistant message, in the way of one engine or another (`Continues`), in completions what
+follows the last line break of the prompt.
 
 What goes wrong is a script, one `Fault` for each coming inference request:
 
@@ -32,35 +33,58 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from http import HTTPStatus
-from itertools import islice, pairwise
+from itertools import count, islice, pairwise
 from pathlib import Path
 from typing import Any, cast
 
 import orjson
 
-from tests.fakes.faults import DONE_EVENT, OK, Fault, How, Part, Place, error_body
-from tests.fakes.speech import Prompt, Utterance, flat, reference_embedding, reference_text
+from tests.fakes.faults import DONE_EVENT, OK, Fault, Flood, How, Part, Place, error_body
+from tests.fakes.speech import Prompt, Spelling, Utterance, flat, reference_embedding, reference_text
+from worker_agent import wire
 
 Json = dict[str, Any]
 
 __all__ = [
+    "LLAMA_CPP",
+    "MLX",
     "OK",
+    "VLLM",
+    "Continues",
     "EngineProcess",
     "FakeEngine",
     "Fault",
     "Outcome",
     "Request",
+    "Spelling",
     "engine_process",
     "on",
     "reference_embedding",
     "reference_text",
 ]
 
+CONTINUE_HEADER = "x-llm-continue"
+"""By which a balancer tells an agent to go on with the last message; as a request has it, in lower case."""
 INFERENCE_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 CREATED = 1_700_000_000  # any moment does, and always the same makes answers comparable
 MAX_REQUEST_BYTES = 64 * 1024 * 1024
 REQUESTS_KEPT = 10_000  # a fake that runs for an hour in a process must not grow
 WAIT_SECONDS = 10.0  # of a test for something that normally takes milliseconds
+
+
+class Continues(Enum):
+    """When a trailing assistant message is a beginning to go on with, and not a turn that is over."""
+
+    ALWAYS = "always"
+    """llama.cpp."""
+    BY_FLAGS = "flags"
+    """With `continue_final_message: true` and `add_generation_prompt: false` (vLLM; the first without the
+    second is refused)."""
+    BY_HEADER = "header"
+    """With `X-LLM-Continue: 1`: an agent of ours."""
+    NEVER = "never"
+    """mlx_lm."""
+
 
 # What came ......................................................................................
 
@@ -92,6 +116,8 @@ class Request:
     """On the loop's clock, like `ended`."""
     closes: bool
     """The client wants the connection closed after the answer."""
+    reused: bool = False
+    """The connection had a request before."""
     fault: Fault = OK
     tokens_sent: int = 0
     """Of a stream: written. Not streamed: generated."""
@@ -146,6 +172,7 @@ class _Connection(asyncio.Protocol):
         self._came = asyncio.Event()
         self._writable = asyncio.Event()
         self._writable.set()
+        self._used = False
         self.busy = False
         """A request is being answered."""
         self.dropped = False
@@ -205,6 +232,7 @@ class _Connection(asyncio.Protocol):
         """The next request; None when there is no more. Bytes that are not HTTP/1 drop the connection."""
         if self.dropped:
             return None
+        reused, self._used = self._used, True
         try:
             lines = (await self._until(b"\r\n\r\n")).decode("latin-1").split("\r\n")
             started = now()
@@ -231,6 +259,7 @@ class _Connection(asyncio.Protocol):
             body=body if isinstance(body, dict) else {},
             started=started,
             closes=version == "HTTP/1.0" or headers.get("connection", "").lower() == "close",
+            reused=reused,
         )
 
     async def _until(self, mark: bytes) -> bytes:
@@ -294,7 +323,16 @@ class _Answer:
         """One event of the stream: a chunk, or a line that is ready to be sent."""
         comment = b": a comment\n\n" if self._fault.comments_between else b""
         event = data if isinstance(data, bytes) else b"data: " + orjson.dumps(data) + b"\n\n"
-        await self._send(comment + event)
+        await self._send((comment + event) * (2 if self._fault.doubles else 1))
+
+    async def while_reading(self, seconds: float) -> None:
+        """The prompt is being read: signs of life in the stream, if this engine gives any."""
+        every = self._engine.keepalive_seconds if self._streams else None
+        parts = max(1, round(seconds / every)) if every else 1
+        for part in range(1, parts + 1):
+            await asyncio.sleep(seconds / parts)
+            if every:
+                await self._send(b": keepalive %d/%d\n\n" % (part, parts))
 
     async def part(self, part: Part, data: Json | bytes) -> None:
         """One of the events that end a stream, unless it is forgotten."""
@@ -314,7 +352,17 @@ class _Answer:
             for place, data in self._fault.inserts:
                 if place == tokens:
                     await self._send(data)
+            for flood in self._fault.floods:
+                if flood.at_token == tokens:
+                    await self._flood(flood)
         self._break(Place(token=tokens))
+
+    async def _flood(self, flood: Flood) -> None:
+        for _ in count() if flood.times is None else range(flood.times):
+            if self._connection.left:
+                return
+            await self._send(flood.data)
+            await asyncio.sleep(0)  # everything else in this loop goes on meanwhile
 
     async def before_head(self) -> None:
         await self._stall(Place())
@@ -405,8 +453,22 @@ class FakeEngine:
     context_tokens: int | None = None
     """Told by /v1/models; a prompt with more is refused with 400. None: not told, no limit."""
     sends_usage: bool = True
-    continues: bool = True
-    """A trailing assistant message is continued; False: it is a message like another."""
+    continues: Continues = Continues.ALWAYS
+    """In chat. In completions every engine does."""
+    spelling: Spelling = Spelling.SPACE_BEFORE
+    trims: bool = False
+    """An answer that is to be continued is taken without the space at its end (chat templates do), and that
+    space is said again."""
+    swallows_space: bool = False
+    """What it says first in a continuation has no space before it, as if the beginning had ended with one."""
+    owned_by: str | None = "fake"
+    """What /v1/models says of the owner, by which engines are told apart; None: nothing (mlx_lm)."""
+    shows_slots: bool = False
+    """/slots tells which are at work (llama.cpp)."""
+    keepalive_seconds: float | None = None
+    """How often a stream has a comment while the prompt is read (mlx_lm)."""
+    agent_id: str | None = None
+    """Plays an agent of this id too: reports each second, and is heard by its balancer to fall silent."""
     http_1_0: bool = False
     """Speaks HTTP/1.0: a stream ends with the connection, none is kept alive (mlx_lm)."""
     close_after_stream: bool = False
@@ -481,6 +543,11 @@ class FakeEngine:
     def always(self, fault: Fault, *, when: When = _inference) -> None:
         """What becomes of every request that the script leaves alone. `always(OK)` ends it."""
         self._always.insert(0, (when, fault))
+
+    def calm(self) -> None:
+        """Nothing goes wrong with requests that come from now on, whatever was scripted."""
+        self._script.clear()
+        self._always.clear()
 
     async def seen(self, number: int, *, within: float = WAIT_SECONDS) -> Request:
         """Waits for the `number`-th inference request (from 1) and gives it. Raises TimeoutError."""
@@ -626,6 +693,9 @@ class FakeEngine:
             if request.fault.reply:
                 await answer.before_head()
                 await answer.whole(request.fault.reply.body, status=request.fault.reply.status)
+            elif request.path == wire.REPORT_PATH and self.agent_id is not None:
+                await answer.before_head()
+                await self._report(answer)
             elif not request.is_inference:
                 told = self._told(request.path)
                 await answer.before_head()
@@ -676,14 +746,44 @@ class FakeEngine:
                 return orjson.dumps(
                     {"object": "list", "data": [self._model_card(name) for name in self.models]}
                 )
+            case "/slots" if self.shows_slots:
+                return orjson.dumps(
+                    [{"id": slot, "is_processing": slot < self.running} for slot in range(self.slots)]
+                )
             case "/api/tags":
                 return orjson.dumps({"models": [_ollama_card(name) for name in self.models]})
             case "/api/version":
                 return orjson.dumps({"version": "0.12.0"})
         raise _Refused(404, f"there is no {path}")
 
+    async def _report(self, answer: _Answer) -> None:
+        """For as long as somebody listens."""
+        await answer.open_stream()
+        while True:
+            report = wire.Report(
+                id=self.agent_id or "",
+                state=wire.EngineState.STARTING if self.loading else wire.EngineState.READY,
+                engine="fake",
+                models=tuple(
+                    wire.ServedModel(name=name, paths=INFERENCE_PATHS, **self._served_as_well())
+                    for name in self.models
+                ),
+                slots=self.slots,
+                running=self.open,
+            )
+            await answer.event(report.to_line())
+            await asyncio.sleep(wire.REPORT_INTERVAL_SECONDS)
+
+    def _served_as_well(self) -> Json:
+        """What an agent says of continuing, where the contract has a word for it."""
+        if "continues" not in wire.ServedModel.model_fields:
+            return {}
+        return {"continues": self.continues is not Continues.NEVER}
+
     def _model_card(self, name: str) -> Json:
-        card: Json = {"id": name, "object": "model", "created": CREATED, "owned_by": "fake"}
+        card: Json = {"id": name, "object": "model", "created": CREATED}
+        if self.owned_by is not None:
+            card["owned_by"] = self.owned_by
         if self.context_tokens is not None:  # as vLLM and as llama.cpp tell it
             card |= {"max_model_len": self.context_tokens, "meta": {"n_ctx": self.context_tokens}}
         return card
@@ -732,14 +832,19 @@ class FakeEngine:
 
     async def _generate(self, answer: _Answer, request: Request, model: str) -> None:
         form, prompt = _asked(request)
-        prompt_tokens = _tokens_in(flat(prompt))
+        speech = self._begun_or_new(request, prompt)
+        # What was said already is a part of the prompt.
+        asked = prompt[:-1] if speech.said and not isinstance(prompt, str) else prompt
+        prompt_tokens = _tokens_in(flat(asked)) + (speech.said if asked is not prompt else 0)
         if self.context_tokens is not None and prompt_tokens > self.context_tokens:
             raise _Refused(400, f"the prompt has {prompt_tokens} tokens, the context {self.context_tokens}")
-        speech = Utterance.of(prompt, self.continues)
         left = speech.left(self.tokens)
         allowed = min(left, _max_tokens(request.body, default=left))
-        words = speech.tokens() if request.fault.never_stops else islice(speech.tokens(), allowed)
+        words = speech.tokens() if request.fault.never_stops else islice(speech.tokens(self.tokens), allowed)
+        if speech.said and self.swallows_space:
+            words = (word.lstrip(" ") if number == 0 else word for number, word in enumerate(words))
         head: Json = {"id": f"{form.id_prefix}{self._arrived:08}", "created": CREATED, "model": model}
+        head |= {key: value for key, value in request.fault.claims if key != "usage"}
         finish = "length" if allowed < left else "stop"
         async with self._slot():
             await answer.before_head()
@@ -748,17 +853,42 @@ class FakeEngine:
                 asks_usage = isinstance(options, dict) and options.get("include_usage") is True
                 with_usage = self.sends_usage and asks_usage
                 head |= {"object": form.chunk_object} | ({"usage": None} if with_usage else {})
-                await self._stream(answer, words, form, head, finish, prompt_tokens)
+                await self._stream(answer, words, form, head, finish, prompt_tokens, request.fault)
             else:
                 texts = [text async for text in self._spoken(answer, words)]
                 choice = form.whole("".join(texts)) | {"index": 0, "logprobs": None, "finish_reason": finish}
                 head |= {"object": form.object, "choices": [choice]}
                 if self.sends_usage:
-                    head["usage"] = _usage(prompt_tokens, len(texts))
+                    head["usage"] = _usage(prompt_tokens, len(texts), request.fault)
                 await answer.whole(orjson.dumps(head))
 
+    def _begun_or_new(self, request: Request, prompt: Prompt) -> Utterance:
+        if isinstance(prompt, str):
+            return Utterance.of_completion(prompt, self.spelling)
+        flagged = request.body.get("continue_final_message") is True
+        if (
+            self.continues is Continues.BY_FLAGS
+            and flagged
+            and request.body.get("add_generation_prompt", True)
+        ):
+            raise _Refused(400, "cannot set both continue_final_message and add_generation_prompt to true")
+        continues = {
+            Continues.ALWAYS: True,
+            Continues.BY_FLAGS: flagged,
+            Continues.BY_HEADER: request.headers.get(CONTINUE_HEADER) == "1",
+            Continues.NEVER: False,
+        }[self.continues]
+        return Utterance.of_chat(prompt, continues, self.spelling, self.trims)
+
     async def _stream(
-        self, answer: _Answer, words: Iterator[str], form: _Form, head: Json, finish: str, prompt_tokens: int
+        self,
+        answer: _Answer,
+        words: Iterator[str],
+        form: _Form,
+        head: Json,
+        finish: str,
+        prompt_tokens: int,
+        fault: Fault,
     ) -> None:
         def chunk(piece: Json, finish_reason: str | None = None) -> Json:
             return head | {
@@ -774,7 +904,8 @@ class FakeEngine:
             tokens += 1
         await answer.part(Part.FINISH, chunk(form.closing, finish))
         if "usage" in head:
-            await answer.part(Part.USAGE, head | {"choices": [], "usage": _usage(prompt_tokens, tokens)})
+            usage = _usage(prompt_tokens, tokens, fault)
+            await answer.part(Part.USAGE, head | {"choices": [], "usage": usage})
         await answer.part(Part.DONE, DONE_EVENT)
         await answer.close_stream()
 
@@ -782,9 +913,29 @@ class FakeEngine:
         """The tokens at their pace. What the script has for a place happens once its token was taken."""
         await answer.at_token(0)
         for number, text in enumerate(words, 1):
-            await asyncio.sleep(self.first_token_seconds if number == 1 else self.token_seconds)
+            if number == 1:
+                await answer.while_reading(self.first_token_seconds)
+            else:
+                await asyncio.sleep(self.token_seconds)
             yield text
             await answer.at_token(number)
+
+
+# The options in which well-known engines differ.
+LLAMA_CPP: Json = {
+    "owned_by": "llamacpp",
+    "any_model": True,
+    "close_after_stream": True,
+    "shows_slots": True,
+    "continues": Continues.ALWAYS,
+}
+VLLM: Json = {"owned_by": "vllm", "continues": Continues.BY_FLAGS}
+MLX: Json = {
+    "owned_by": None,
+    "http_1_0": True,
+    "keepalive_seconds": 0.05,
+    "continues": Continues.NEVER,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -848,8 +999,9 @@ def _tokens_in(text: str) -> int:
     return len(text.split())
 
 
-def _usage(prompt_tokens: int, completion_tokens: int) -> Json:
-    return {
+def _usage(prompt_tokens: int, completion_tokens: int, fault: Fault) -> Json:
+    claimed = dict(fault.claims).get("usage")
+    return claimed or {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
@@ -920,6 +1072,10 @@ def _parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--no-usage", action="store_true")
     parser.add_argument("--http-1-0", action="store_true")
     parser.add_argument("--close-after-stream", action="store_true")
+    parser.add_argument("--owned-by", default="fake")
+    parser.add_argument("--agent-id", help="report like an agent of this id")
+    parser.add_argument("--continues", type=Continues, choices=list(Continues), default=Continues.ALWAYS)
+    parser.add_argument("--ignores-leaving", action="store_true", help="work on for clients that left")
     parser.add_argument("--loading-seconds", type=float, default=0.0, help="so long 503 after the start")
     parser.add_argument("--ignore-sigterm", action="store_true")
     parser.add_argument(
@@ -942,6 +1098,11 @@ async def _run(options: argparse.Namespace) -> None:
         sends_usage=not options.no_usage,
         http_1_0=options.http_1_0,
         close_after_stream=options.close_after_stream,
+        owned_by=options.owned_by,
+        agent_id=options.agent_id,
+        continues=options.continues,
+        notices_leaving=not options.ignores_leaving,
+        shows_slots=True,
         loading=options.loading_seconds > 0,
         host=options.host,
         port=options.port,

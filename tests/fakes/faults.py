@@ -63,6 +63,16 @@ class Stall:
 
 
 @dataclass(frozen=True, slots=True)
+class Flood:
+    """The same bytes again and again between two events."""
+
+    at_token: int
+    data: bytes
+    times: int | None
+    """None: for as long as the client stays."""
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
     """What is sent instead of an answer."""
 
@@ -75,8 +85,8 @@ class Fault:
     """What is wrong with one answer. Faults of different kinds join with `&`.
 
     Those that speak of events (`truncate`, `no_end`, `no_done`, `error_event`, `insert`, `garbage`,
-    `invalid_utf8`, `comments`) leave an answer that is not streamed as it is. A place that an answer
-    never reaches does nothing: `Request.outcome` says how it really went.
+    `invalid_utf8`, `comments`, `flood`, `long_line`, `doubled`) leave an answer that is not streamed as it
+    is. A place that an answer never reaches does nothing: `Request.outcome` says how it really went.
     """
 
     reply: Reply | None = None
@@ -85,7 +95,10 @@ class Fault:
     inserts: tuple[tuple[int, bytes], ...] = ()
     omits: tuple[Part, ...] = ()
     headers: tuple[tuple[str, str], ...] = ()
+    floods: tuple[Flood, ...] = ()
+    claims: tuple[tuple[str, Any], ...] = ()
     comments_between: bool = False
+    doubles: bool = False
     never_stops: bool = False
     slice_bytes: int | None = None
     length_off_by: int = 0
@@ -104,10 +117,18 @@ class Fault:
         return Fault(**both)
 
     @classmethod
-    def status(cls, code: int, message: str = "scripted", *, retry_after: str | None = None) -> Fault:
-        """An error answer in OpenAI's form; `retry_after` is the header, as it is sent."""
+    def status(
+        cls,
+        code: int,
+        message: str = "scripted",
+        *,
+        retry_after: str | None = None,
+        word: str | None = None,
+    ) -> Fault:
+        """An error answer in OpenAI's form; `retry_after` is the header, as it is sent; `word` is the code in
+        the body, the status if it is left out."""
         headers = () if retry_after is None else (("Retry-After", retry_after),)
-        return cls(reply=Reply(code, error_body(code, message)), headers=headers)
+        return cls(reply=Reply(code, error_body(word or code, message)), headers=headers)
 
     @classmethod
     def error_in_body(cls, message: str = "scripted") -> Fault:
@@ -166,9 +187,10 @@ class Fault:
 
     @classmethod
     def error_event(
-        cls, *, at_token: int, message: str = "scripted", code: int = 500, then_done: bool = False
+        cls, *, at_token: int, message: str = "scripted", code: int | str = 500, then_done: bool = False
     ) -> Fault:
-        """An error as an event of the stream, which ends there (with `[DONE]`, as vLLM does, or not)."""
+        """An error as an event of the stream, which ends there (with `[DONE]`, as vLLM does, or not). An
+        agent whose engine died says code `engine_died`."""
         event = b"data: " + error_body(code, message) + b"\n\n" + (DONE_EVENT if then_done else b"")
         return cls.insert(event, at_token=at_token) & cls.truncate(at_token=at_token)
 
@@ -187,6 +209,28 @@ class Fault:
         """An event whose content is not UTF-8."""
         event = b'data: {"choices":[{"index":0,"delta":{"content":"\xff\xc3\x28"}}]}\n\n'
         return cls.insert(event, at_token=at_token)
+
+    @classmethod
+    def flood(cls, data: bytes, *, at_token: int, times: int | None = None) -> Fault:
+        """These bytes so many times between two events; None: until the client has had enough."""
+        return cls(floods=(Flood(at_token, data, times),))
+
+    @classmethod
+    def long_line(cls, *, at_token: int, megabytes: int) -> Fault:
+        """An event so long, of which no line break comes before its end."""
+        piece = b"x" * 65536
+        opening = cls.insert(b'data: {"choices":[{"index":0,"delta":{"content":"', at_token=at_token)
+        return opening & cls.flood(piece, at_token=at_token, times=megabytes * 16)
+
+    @classmethod
+    def doubled(cls) -> Fault:
+        """Each event comes twice."""
+        return cls(doubles=True)
+
+    @classmethod
+    def claim(cls, **members: Any) -> Fault:
+        """An answer that says this of itself (`model=`, `id=`, `usage=`), true or not."""
+        return cls(claims=tuple(members.items()))
 
     @classmethod
     def comments(cls) -> Fault:
@@ -253,6 +297,9 @@ _SPOKEN_FAULTS: dict[str, Callable[..., Fault]] = {
     "invalid_utf8": Fault.invalid_utf8,
     "comments": Fault.comments,
     "sliced": Fault.sliced,
+    "doubled": Fault.doubled,
+    "long_line": Fault.long_line,
+    "claim": Fault.claim,
     "endless": Fault.endless,
     "wrong_length": Fault.wrong_length,
 }
@@ -260,6 +307,6 @@ _SPOKEN_FAULTS: dict[str, Callable[..., Fault]] = {
 _ERROR_TYPES = {400: "invalid_request_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
-def error_body(code: int, message: str) -> bytes:
-    kind = _ERROR_TYPES.get(code, "server_error")
+def error_body(code: int | str, message: str) -> bytes:
+    kind = _ERROR_TYPES.get(code, "server_error") if isinstance(code, int) else "server_error"
     return orjson.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}})

@@ -18,10 +18,15 @@ from hypothesis import strategies as st
 from openai import AsyncOpenAI
 
 from tests.fakes.engine import (
+    LLAMA_CPP,
+    MLX,
     OK,
+    VLLM,
+    Continues,
     FakeEngine,
     Fault,
     Outcome,
+    Spelling,
     engine_process,
     on,
     reference_embedding,
@@ -113,16 +118,41 @@ def test_a_longer_answer_begins_with_the_shorter_one(prompt: str, some: int, mor
     assert reference_text(prompt, some + more).startswith(reference_text(prompt, some))
 
 
-@given(st.text(), st.integers(0, 20), st.data())
+@given(st.text(), st.integers(0, 20), st.sampled_from(Spelling), st.booleans(), st.data())
 def test_an_answer_cut_anywhere_continues_to_the_same_text(
-    question: str, tokens: int, data: st.DataObject
+    question: str, tokens: int, spelling: Spelling, trims: bool, data: st.DataObject
 ) -> None:
     messages = [{"role": "user", "content": question}]
     whole = reference_text(messages, tokens)
     begun = whole[: data.draw(st.integers(0, len(whole)))]
-    speech = Utterance.of([*messages, {"role": "assistant", "content": begun}], continues=True)
-    rest = [token for token, _ in zip(speech.tokens(), range(speech.left(tokens)), strict=False)]
+    message = {"role": "assistant", "content": begun}
+    speech = Utterance.of_chat([*messages, message], True, spelling, trims)
+    rest = list(speech.tokens(tokens))
+    assert len(rest) == speech.left(tokens)
+    if trims and rest:
+        begun = begun.rstrip()
     assert begun + "".join(rest) == whole
+
+
+@given(st.text(), st.integers(0, 20), st.sampled_from(Spelling), st.data())
+def test_a_completion_cut_anywhere_continues_to_the_same_text(
+    question: str, tokens: int, spelling: Spelling, data: st.DataObject
+) -> None:
+    prompt = f"{question}\n"
+    whole = reference_text(prompt, tokens)
+    begun = whole[: data.draw(st.integers(0, len(whole)))]
+    speech = Utterance.of_completion(prompt + begun, spelling)
+    assert begun + "".join(speech.tokens(tokens)) == whole
+
+
+def test_both_spellings_are_one_text_and_as_many_tokens() -> None:
+    before, after = (
+        list(Utterance.of_completion("Once", spelling).tokens(5))
+        for spelling in (Spelling.SPACE_BEFORE, Spelling.SPACE_AFTER)
+    )
+    assert "".join(before) == "".join(after) == reference_text("Once", 5)
+    assert len(before) == len(after) == 5
+    assert before != after
 
 
 def test_both_forms_of_a_message_are_the_same_prompt() -> None:
@@ -177,6 +207,95 @@ async def test_a_trailing_assistant_message_is_continued(http: aiohttp.ClientSes
     begun = [*QUESTION, {"role": "assistant", "content": reference_text(QUESTION, 3)}]
     stream = await streamed(http, messages=begun)
     assert text_of(stream) == reference_text(QUESTION, 8).removeprefix(reference_text(QUESTION, 3))
+
+
+FLAGS = {"continue_final_message": True, "add_generation_prompt": False}
+
+
+@pytest.mark.parametrize(
+    ("way", "flags", "header", "goes_on"),
+    [
+        (Continues.ALWAYS, {}, "", True),
+        (Continues.ALWAYS, FLAGS, "", True),
+        (Continues.BY_FLAGS, {}, "", False),
+        (Continues.BY_FLAGS, FLAGS, "", True),
+        (Continues.BY_HEADER, FLAGS, "", False),
+        (Continues.BY_HEADER, {}, "1", True),
+        (Continues.NEVER, FLAGS, "1", False),
+    ],
+)
+async def test_each_engine_continues_in_its_own_way_or_begins_a_new_answer(
+    engine: FakeEngine,
+    http: aiohttp.ClientSession,
+    way: Continues,
+    flags: dict[str, Any],
+    header: str,
+    goes_on: bool,
+) -> None:
+    engine.continues = way
+    begun = [*QUESTION, {"role": "assistant", "content": reference_text(QUESTION, 3)}]
+    body = ask(messages=begun, stream=True, usage=True, **flags)
+    async with http.post(CHAT, json=body, headers={"X-LLM-Continue": header} if header else {}) as response:
+        stream = events(await response.read())
+    rest = reference_text(QUESTION, 8).removeprefix(reference_text(QUESTION, 3))
+    assert text_of(stream) == (rest if goes_on else reference_text(begun, 8))
+    assert stream[-2]["usage"]["completion_tokens"] == (5 if goes_on else 8)
+
+
+async def test_vllm_refuses_half_of_the_flags() -> None:
+    async with FakeEngine(**VLLM) as engine, aiohttp.ClientSession(engine.url) as http:
+        async with http.post(CHAT, json=ask(continue_final_message=True)) as response:
+            assert response.status == 400
+
+
+async def test_what_was_said_counts_as_prompt_when_an_answer_goes_on(
+    engine: FakeEngine, http: aiohttp.ClientSession
+) -> None:
+    begun = [*QUESTION, {"role": "assistant", "content": reference_text(QUESTION, 3)}]
+    first, second = await streamed(http, usage=True), await streamed(http, messages=begun, usage=True)
+    assert second[-2]["usage"]["prompt_tokens"] == first[-2]["usage"]["prompt_tokens"] + 3
+
+
+@pytest.mark.parametrize("swallows", [False, True])
+async def test_a_template_trims_and_the_space_comes_again_or_not(
+    engine: FakeEngine, http: aiohttp.ClientSession, swallows: bool
+) -> None:
+    engine.spelling, engine.trims, engine.swallows_space = Spelling.SPACE_AFTER, True, swallows
+    said = reference_text(QUESTION, 3)
+    stream = await streamed(http, messages=[*QUESTION, {"role": "assistant", "content": f"{said} "}])
+    rest = reference_text(QUESTION, 8).removeprefix(said)
+    assert text_of(stream) == (rest.lstrip() if swallows else rest)
+
+
+async def test_well_known_engines_differ_in_what_they_tell() -> None:
+    async with FakeEngine(**LLAMA_CPP, slots=2) as llama_cpp, FakeEngine(**VLLM) as vllm:
+        async with FakeEngine(**MLX, first_token_seconds=0.2) as mlx, aiohttp.ClientSession() as http:
+            owners = []
+            for engine in (llama_cpp, vllm, mlx):
+                async with http.get(f"{engine.url}/v1/models") as response:
+                    owners.append((await response.json())["data"][0].get("owned_by"))
+            assert owners == ["llamacpp", "vllm", None]
+            async with http.get(f"{vllm.url}/slots") as response:
+                assert response.status == 404
+            came, _ = await raw(mlx, ask(stream=True))
+            assert came.startswith(b"HTTP/1.0 200")
+            assert came.count(b": keepalive") == 4
+            assert text_of(events(came)) == reference_text(QUESTION, 16)
+
+
+async def test_the_slots_of_an_engine_that_ignores_leaving_stay_taken() -> None:
+    async with FakeEngine(**LLAMA_CPP, slots=2, notices_leaving=False) as engine:
+        engine.script(Fault.stall(at_token=3))
+        asked = asyncio.ensure_future(raw(engine, ask(stream=True)))
+        await engine.stalled()
+        asked.cancel()
+        async with aiohttp.ClientSession(engine.url) as http:
+            async with http.get("/slots") as response:
+                assert [slot["is_processing"] for slot in await response.json()] == [True, False]
+            engine.resume()
+            await engine.idle()
+            async with http.get("/slots") as response:
+                assert [slot["is_processing"] for slot in await response.json()] == [False, False]
 
 
 @pytest.mark.parametrize(
@@ -436,6 +555,37 @@ async def test_a_wrong_content_length_is_sent_as_told(
     async with http.post(CHAT, json=ask(), headers={"Connection": "close"}) as response:
         with pytest.raises(aiohttp.ClientPayloadError):
             await response.read()
+
+
+async def test_a_flood_goes_on_for_as_long_as_its_client_stays(engine: FakeEngine) -> None:
+    engine.close_after_stream = True
+    engine.script(Fault.flood(b": x\n\n", at_token=2, times=100), Fault.flood(b" ", at_token=2))
+    came, _ = await raw(engine, ask(stream=True))
+    assert payload(came).count(b": x\n\n") == 100
+    assert text_of(events(payload(came))) == reference_text(QUESTION, 8)
+    asked = asyncio.ensure_future(raw(engine, ask(stream=True)))
+    request = await engine.seen(2)
+    await engine.until(lambda: request.tokens_sent == 2)
+    assert engine.running == 1
+    asked.cancel()
+    await engine.idle()
+    assert request.outcome is Outcome.CLIENT_LEFT
+
+
+async def test_a_long_line_has_no_break(engine: FakeEngine) -> None:
+    engine.script(Fault.long_line(at_token=1, megabytes=2) & Fault.close(at_token=1))
+    came, _ = await raw(engine, ask(stream=True))
+    assert len(payload(came).rpartition(b"\n")[2]) > 2 * 1024 * 1024
+
+
+async def test_events_can_come_twice_and_claim_what_is_not_so(
+    engine: FakeEngine, http: aiohttp.ClientSession
+) -> None:
+    engine.script(Fault.doubled(), Fault.claim(model="other", usage={"prompt_tokens": -5}))
+    assert len(text_of(await streamed(http))) == 2 * len(reference_text(QUESTION, 8))
+    stream = await streamed(http, stream_options={"include_usage": True})
+    assert {event["model"] for event in stream[:-1]} == {"other"}
+    assert stream[-2]["usage"]["prompt_tokens"] == -5
 
 
 def test_two_faults_that_disagree_are_no_fault() -> None:
