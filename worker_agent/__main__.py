@@ -13,13 +13,13 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import orjson
 import typer
 import uvloop
-from aiohttp.http_exceptions import HttpProcessingError
 from rich.console import Console
 from rich.table import Table
 
 from worker_agent import app as agent
 from worker_agent.engines.choice import NoChoice
 from worker_agent.identity import NoIdentity
+from worker_agent.server import CannotListen
 from worker_agent.settings import Settings, SettingsError, load
 
 _T = TypeVar("_T")
@@ -94,7 +94,7 @@ def run(
     _set_up_log(settings)
     try:
         _perform(agent.run(settings, exit_with_parent=exit_with_parent))
-    except (NoChoice, NoIdentity, agent.NoParent, agent.CannotListen) as error:
+    except (NoChoice, NoIdentity, agent.NoParent, CannotListen) as error:
         _give_up(str(error))
 
 
@@ -238,15 +238,8 @@ def _set_up_log(settings: Settings) -> None:
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"
     )
-    # aiohttp's parser errors quote what was sent, which may be a prompt. Our own errors are still told.
-    logging.getLogger("aiohttp.server").addFilter(_without_parser_errors)
     for talkative in ("asyncio", "zeroconf"):
         logging.getLogger(talkative).setLevel(logging.WARNING)
-
-
-def _without_parser_errors(record: logging.LogRecord) -> bool:
-    error = record.exc_info[1] if record.exc_info else None
-    return not isinstance(error, HttpProcessingError)
 
 
 def _give_up(message: str) -> NoReturn:

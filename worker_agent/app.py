@@ -15,19 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from aiohttp import web
 
 from worker_agent import hardware as machine
 from worker_agent import installed as environment
 from worker_agent import wire
 from worker_agent.advertise import Presence, advertise
+from worker_agent.changes import Changes
 from worker_agent.engines.choice import Choice, Installed, NoChoice, Wish, choose
 from worker_agent.engines.spec import Capacity
-from worker_agent.gateway import Changes, Gateway, GatewayPolicy
+from worker_agent.gateway import Gateway, GatewayPolicy
 from worker_agent.gguf import HEAD_BYTES, cache_bytes_per_token
 from worker_agent.hardware import Hardware
 from worker_agent.identity import identity
 from worker_agent.joining import join_all
+from worker_agent.server import ServerPolicy, listening
 from worker_agent.settings import Settings, default_data_dir
 from worker_agent.sources import Sources, parse_networks
 from worker_agent.supervised import Plan, SupervisedEngine
@@ -36,10 +37,6 @@ from worker_agent.wire import EngineState, Report, ServedModel
 
 _LOG = logging.getLogger("worker_agent")
 _LINE_CHARACTERS = 400  # of a `wire.Line`
-
-
-class CannotListen(Exception):
-    """The port is taken, or the address is none of this machine's."""
 
 
 class NoParent(Exception):
@@ -146,7 +143,14 @@ async def _serve(settings: Settings, agent_id: str, hardware: Hardware, choice: 
         return report_of(agent_id, engine, gateway, str(hardware), choice.advice)
 
     gateway = Gateway(engine, report, changes, GatewayPolicy(sources=_sources(settings)))
-    async with _listening(gateway, settings.host, settings.port) as port, engine.supervised():
+    server = ServerPolicy.for_slots(plan.slots)
+    async with (
+        listening(gateway.application(), settings.host, settings.port, server) as port,
+        engine.supervised(),
+        gateway.looking_after_the_engine(),
+    ):
+        shown = f"[{settings.host}]" if ":" in settings.host else settings.host
+        _LOG.info("listening on http://%s:%d", shown, port)
         engine.want()
         presence = [join_all(settings.balancers, wire.Join(id=agent_id, port=port))]
         if settings.mdns:
@@ -157,8 +161,8 @@ async def _serve(settings: Settings, agent_id: str, hardware: Hardware, choice: 
             gateway.drain()
         await _first(gateway.drained(), stop.hurried.wait(), limit_seconds=settings.drain_seconds)
         if gateway.running:
-            _LOG.warning("cutting %d requests that still run", gateway.running)
-        gateway.close()
+            _LOG.warning("ending %d requests that still run", gateway.running)
+        await gateway.close()
         engine.unwant()
         await _first(engine.stopped(), stop.hurried.wait())
         engine.hurry()
@@ -191,6 +195,7 @@ def report_of(
         identity=_line(file_or_hub_name(plan.model)),
         memory_tokens=_held(capacity.memory_tokens),
         cache_tokens=_held(capacity.cache_tokens),
+        continues=gateway.continues,
     )
     return Report(
         id=agent_id,
@@ -198,7 +203,7 @@ def report_of(
         engine=plan.spec.name,
         models=(model,),
         slots=plan.slots,
-        running=gateway.running,
+        running=gateway.taken,
         hardware=_line(hardware),
         detail=_line(engine.detail),
         advice=tuple(map(_line, advice)),
@@ -218,34 +223,6 @@ def file_or_hub_name(model: str) -> str:
 def _line(text: str) -> str:
     """A `wire.Line`: what other programs told us is made printable and short."""
     return "".join(c if c.isprintable() else " " for c in text)[:_LINE_CHARACTERS]
-
-
-@contextlib.asynccontextmanager
-async def _listening(gateway: Gateway, host: str, port: int) -> AsyncIterator[int]:
-    """The gateway answers while the block lasts, on the port that is yielded. Raises `CannotListen`."""
-    runner = web.AppRunner(
-        gateway.application(),
-        access_log=None,
-        handler_cancellation=True,  # without it, a client that leaves before the first byte is never noticed
-        keepalive_timeout=GatewayPolicy().keep_alive_seconds,
-        auto_decompress=False,
-        shutdown_timeout=1.0,  # by then the gateway has been drained and closed
-    )
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, host, port)
-        try:
-            await site.start()
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise CannotListen(
-                f"cannot listen on {host} port {port}: {reason}; give another --port"
-            ) from None
-        shown = f"[{host}]" if ":" in host else host
-        _LOG.info("listening on http://%s:%d", shown, site.port)
-        yield site.port
-    finally:
-        await runner.cleanup()
 
 
 @contextlib.asynccontextmanager

@@ -2,34 +2,35 @@
 
 The engine stays on loopback behind a key of its own. A body is parsed here and sent on with the engine's own
 model name; bytes of the answer pass as they come. A client that leaves takes its engine connection along at
-once, whatever the answer's state; an engine that dies takes the client's, so that half an answer never looks
-whole. Prompts and answers are not logged, nor are the errors of parsers, which quote them.
+once, whatever the answer's state; half an answer ends with an error, so that it never looks whole. Prompts
+and answers are not logged, nor are the errors of parsers, which quote them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import aiohttp
 import orjson
 from aiohttp import web
 
 from worker_agent import wire
+from worker_agent.changes import Changes
+from worker_agent.continuation import is_begun
+from worker_agent.engines.spec import EngineSpec
+from worker_agent.events import choices_of
+from worker_agent.exchange import Exchange, ExchangePolicy, Fault, Refused
 from worker_agent.sources import Sources
-from worker_agent.supervised import Plan, Serving
+from worker_agent.watch import Backend, EngineWatch, WatchPolicy
 from worker_agent.wire import EngineState, Report
 
-_LOG = logging.getLogger(__name__)
-
-_ANSWER_HEADERS = ("Content-Type", "Retry-After", "Cache-Control")
-_END_MARKER = b"[DONE]"
-_TAIL_BYTES = 64  # more than the marker and what may follow it in its event
+_CHAT_PATH, _COMPLETIONS_PATH, _ = wire.INFERENCE_PATHS
 _THREAD_FROM_BYTES = 1024 * 1024  # parsing so much would hold up every stream for some 10 ms
+_STOPPING = Fault("stopping", "this machine is about to stop: ask again")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,62 +39,20 @@ class GatewayPolicy:
 
     body_bytes: int = 32 * 1024 * 1024
     """Pictures travel inside of JSON."""
+    held_bytes: int = 512 * 1024 * 1024
+    """Of all requests that are being read or answered."""
     body_seconds: float = 30.0
     """A request's body must have arrived by then."""
     connect_seconds: float = 5.0
     """To the engine; it is on loopback, but a full listen queue takes its time."""
-    keep_alive_seconds: float = 75.0
-    """Longer than the balancer keeps an idle connection, so that it is never the one to be surprised."""
+    goodbye_seconds: float = 1.0
+    """For telling those whose answers are ended early."""
     report_streams: int = 16
     """Balancers and curious people at once."""
     sources: Sources = field(default_factory=Sources)
     """Who is served at all."""
-
-
-class Backend(Protocol):
-    """The engine as a relay sees it."""
-
-    @property
-    def plan(self) -> Plan: ...
-    @property
-    def serving(self) -> Serving | None: ...
-    def heard(self, serving: Serving) -> None: ...
-    def doubt(self, serving: Serving) -> None: ...
-
-
-class Changes:
-    """Wakes whoever waits for the next change."""
-
-    def __init__(self) -> None:
-        self._next = asyncio.Event()
-
-    @property
-    def next(self) -> asyncio.Event:
-        """Is set at the next change. Taken before looking at what may change, it misses none."""
-        return self._next
-
-    def announce(self) -> None:
-        """Something changed."""
-        self._next.set()
-        self._next = asyncio.Event()
-
-
-class _Refused(Exception):
-    """Ends a request with an error in OpenAI's form."""
-
-    def __init__(self, status: int, code: str, message: str, retry_after: int | None = None) -> None:
-        self.status, self.code, self.message, self.retry_after = status, code, message, retry_after
-
-    def response(self) -> web.Response:
-        kind = "invalid_request_error" if self.status < 500 and self.status != 429 else "server_error"
-        error = {"message": self.message, "type": kind, "param": None, "code": self.code}
-        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
-        return web.json_response(
-            {"error": error},
-            status=self.status,
-            headers=headers,
-            dumps=lambda body: orjson.dumps(body).decode(),
-        )
+    exchange: ExchangePolicy = field(default_factory=ExchangePolicy)
+    watch: WatchPolicy = field(default_factory=WatchPolicy)
 
 
 class Gateway:
@@ -110,7 +69,8 @@ class Gateway:
         self._report = report
         self._changes = changes
         self._policy = policy or GatewayPolicy()
-        self._open: dict[int, web.Request] = {}  # by identity: a request is no hashable value
+        self._watch = EngineWatch(engine, changes, self._policy.watch)
+        self._held_bytes = 0
         self._streams = 0
         self._draining = False
         self._closing = False
@@ -119,7 +79,17 @@ class Gateway:
     @property
     def running(self) -> int:
         """Requests held open towards the engine now."""
-        return len(self._open)
+        return self._watch.open
+
+    @property
+    def taken(self) -> int:
+        """Slots that are taken: by those, and by what the engine still does for clients that have left."""
+        return self._watch.taken
+
+    @property
+    def continues(self) -> bool:
+        """The engine has shown that it goes on with an answer that was begun elsewhere."""
+        return self._watch.continues
 
     @property
     def draining(self) -> bool:
@@ -134,6 +104,18 @@ class Gateway:
         app.cleanup_ctx.append(self._with_session)
         return app
 
+    @contextlib.asynccontextmanager
+    async def looking_after_the_engine(self) -> AsyncIterator[None]:
+        """While the block lasts, a stuck engine is restarted, and abandoned work counted. Only within the
+        application's life."""
+        assert self._session is not None
+        async with asyncio.TaskGroup() as tasks:
+            looking = tasks.create_task(self._watch.look_after(self._session))
+            try:
+                yield
+            finally:
+                looking.cancel()
+
     # The end, in this order:
 
     def drain(self) -> None:
@@ -143,129 +125,101 @@ class Gateway:
 
     async def drained(self) -> None:
         """Waits until no request runs."""
-        while self._open:
+        while self._watch.open:
             await self._changes.next.wait()
 
-    def close(self) -> None:
-        """Ends the report streams, and cuts what still runs, visibly for the other side."""
+    async def close(self) -> None:
+        """Ends the report streams, and what still runs: with an error that says so, or by cutting it."""
         self._closing = True
-        for request in self._open.values():
-            _cut(request)
+        self._watch.stop_all(_STOPPING)
         self._changes.announce()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._policy.goodbye_seconds):
+                await self.drained()
+        self._watch.cut_all()
 
     # One request ...
 
     async def _relay(self, request: web.Request) -> web.StreamResponse:
-        body = await self._read(request)
+        _insist_on_readable(request)
+        size = request.content_length or 0
+        if size > self._policy.body_bytes:
+            raise web.HTTPRequestEntityTooLarge(self._policy.body_bytes, size)
+        if self._held_bytes + size > self._policy.held_bytes:
+            raise Refused(503, "too_much_at_once", "too many long requests are under way: ask again", 5)
+        self._held_bytes += size
+        try:
+            return await self._answer(request, await self._read(request))
+        finally:
+            self._held_bytes -= size
+
+    async def _answer(self, request: web.Request, body: Mapping[str, Any]) -> web.StreamResponse:
         plan, serving = self._engine.plan, self._engine.serving
         if request.path not in plan.spec.paths:
-            raise _Refused(404, "endpoint_not_served", f"{plan.spec.name} does not serve {request.path} here")
+            raise Refused(404, "endpoint_not_served", f"{plan.spec.name} does not serve {request.path} here")
         if body.get("model") != plan.name:
-            raise _Refused(404, "model_not_found", f"this machine serves {plan.name} only")
+            raise Refused(404, "model_not_found", f"this machine serves {plan.name} only")
+        if request.path in (_CHAT_PATH, _COMPLETIONS_PATH) and body.get("stream") is not True:
+            # An engine computes an answer in one piece to its end, whoever has left meanwhile.
+            raise Refused(
+                400, "stream_required", 'an agent answers with "stream": true only: ask the balancer'
+            )
         if self._draining:
-            raise _Refused(503, "stopping", "this machine is about to stop", retry_after=5)
+            raise Refused(503, _STOPPING.code, _STOPPING.message, retry_after=5)
         if serving is None:
             report = self._report()
             message = f"the engine is {report.state}. {report.detail}".strip()
-            raise _Refused(503, "engine_not_ready", message, retry_after=2)
+            raise Refused(503, "engine_not_ready", message, retry_after=2)
+        if request.headers.get(wire.CONTINUE_HEADER) == "1":
+            body = self._going_on(request, plan.spec, body)
         try:
             sent = orjson.dumps({**body, "model": serving.model})
         except orjson.JSONEncodeError:  # orjson reads deeper nesting than it writes (254 levels)
-            raise _Refused(400, "nested_too_deeply", "the request's body is nested too deeply") from None
-        if len(self._open) >= plan.slots:
-            raise _Refused(429, "no_free_slot", f"all {plan.slots} slots are taken", retry_after=1)
-        async with self._slot(request):
-            return await self._pass_on(request, sent, serving)
+            raise Refused(400, "nested_too_deeply", "the request's body is nested too deeply") from None
+        if self._watch.taken >= plan.slots:
+            raise Refused(429, "no_free_slot", f"all {plan.slots} slots are taken", retry_after=1)
+        assert self._session is not None
+        exchange = Exchange(request, serving, self._watch, self._policy.exchange, choices_of(body))
+        with self._watch.attending(exchange, len(sent)):
+            return await exchange.carry(self._session, sent)
 
-    @contextlib.asynccontextmanager
-    async def _slot(self, request: web.Request) -> AsyncIterator[None]:
-        self._open[id(request)] = request
-        self._changes.announce()
-        try:
-            yield
-        finally:
-            del self._open[id(request)]
-            self._changes.announce()
+    def _going_on(self, request: web.Request, spec: EngineSpec, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        if request.path != _CHAT_PATH or not is_begun(body):
+            raise Refused(
+                400,
+                "nothing_to_continue",
+                f"{wire.CONTINUE_HEADER} goes with a chat that ends with an answer's text",
+            )
+        if spec.continue_chat is None or not self._watch.continues:
+            raise Refused(
+                409,
+                "cannot_continue",
+                f"{spec.name} has not shown here that it can go on: ask another machine",
+            )
+        return spec.continue_chat(body)
 
     async def _read(self, request: web.Request) -> Mapping[str, Any]:
-        if request.content_type != "application/json":
-            raise _Refused(415, "content_type", "the content type must be application/json")
-        if request.headers.get("Content-Encoding", "identity").lower() != "identity":
-            # A megabyte of gzip was seen to become 280 of memory on its way to being refused for its size.
-            raise _Refused(415, "content_encoding", "compressed requests are not read")
         try:
             async with asyncio.timeout(self._policy.body_seconds):
                 data = await request.read()
+        except web.RequestPayloadError:
+            raise Refused(400, "body_broken", "the request's body came to no end") from None
         except TimeoutError:
-            raise _Refused(408, "body_too_slow", "the request's body did not arrive in time") from None
+            raise Refused(408, "body_too_slow", "the request's body did not arrive in time") from None
         parse = orjson.loads
         try:
             body = await asyncio.to_thread(parse, data) if len(data) > _THREAD_FROM_BYTES else parse(data)
         except orjson.JSONDecodeError:
-            raise _Refused(400, "not_json", "the request's body is not valid JSON") from None
+            raise Refused(400, "not_json", "the request's body is not valid JSON") from None
         if not isinstance(body, dict):
-            raise _Refused(400, "not_an_object", "the request's body must be a JSON object")
+            raise Refused(400, "not_an_object", "the request's body must be a JSON object")
         return body
-
-    async def _pass_on(self, request: web.Request, body: bytes, serving: Serving) -> web.StreamResponse:
-        assert self._session is not None
-        address = serving.address
-        try:
-            answer = await self._session.post(
-                address.url + request.path,
-                data=body,
-                headers={
-                    **address.headers,
-                    "Content-Type": "application/json",
-                    "Accept-Encoding": "identity",
-                },
-                allow_redirects=False,
-            )
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
-            self._engine.doubt(serving)
-            raise _Refused(502, "engine_unreachable", "the engine accepts no connection", 1) from None
-        except (aiohttp.ClientError, TimeoutError):
-            raise _Refused(502, "engine_died", "the engine ended before it answered", 1) from None
-        try:
-            if (
-                answer.status == 401 or 300 <= answer.status < 400
-            ):  # between it and us; not the client's to see
-                raise _Refused(502, "engine_refused", f"the engine answered with status {answer.status}", 1)
-            return await self._stream(request, answer, serving)
-        finally:
-            answer.close()  # at once, also when we are cancelled; it is a release where all has been read
-
-    async def _stream(
-        self, request: web.Request, answer: aiohttp.ClientResponse, serving: Serving
-    ) -> web.StreamResponse:
-        headers = {name: answer.headers[name] for name in _ANSWER_HEADERS if name in answer.headers}
-        response = web.StreamResponse(status=answer.status, headers=headers)
-        response.content_length = answer.content_length
-        self._engine.heard(serving)
-        await response.prepare(request)
-        tail = b""
-        while True:
-            try:
-                chunk = await answer.content.readany()
-            except aiohttp.ClientError:
-                _cut(request)
-                return response
-            if not chunk:
-                break
-            self._engine.heard(serving)
-            tail = (tail + chunk[-_TAIL_BYTES:])[-_TAIL_BYTES:]
-            await response.write(chunk)
-        if answer.content_type == "text/event-stream" and _END_MARKER not in tail:
-            _cut(request)  # an engine that speaks HTTP/1.0 ends its answer by dying, too
-            return response
-        await response.write_eof()
-        return response
 
     # What is said of the machine ...
 
     async def _tell_reports(self, request: web.Request) -> web.StreamResponse:
         if self._streams >= self._policy.report_streams:
-            raise _Refused(503, "too_many_watchers", "too many report streams are open", retry_after=10)
+            raise Refused(503, "too_many_watchers", "too many report streams are open", retry_after=10)
         self._streams += 1
         try:
             response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
@@ -301,16 +255,16 @@ class Gateway:
         try:
             _insist_on_the_room(request, self._policy.sources)
             return await handler(request)
-        except _Refused as refused:
+        except Refused as refused:
             return refused.response()
         except web.HTTPRequestEntityTooLarge:
             limit = self._policy.body_bytes
-            return _Refused(413, "body_too_large", f"a body may have {limit} bytes").response()
+            return Refused(413, "body_too_large", f"a body may have {limit} bytes").response()
         except ConnectionError:
             # The other side went away while it was written to: nobody is left to be told, nothing is wrong.
             raise asyncio.CancelledError from None
         except web.HTTPException as error:
-            return _Refused(error.status, "http_error", error.reason).response()
+            return Refused(error.status, "http_error", error.reason).response()
 
     async def _with_session(self, _app: web.Application) -> AsyncIterator[None]:
         # No proxy from the environment (trust_env is off), no cookies; slots bound the connections already.
@@ -324,17 +278,23 @@ class Gateway:
 
 def _insist_on_the_room(request: web.Request, sources: Sources) -> None:
     if not sources.admit(request.remote or ""):
-        raise _Refused(
+        raise Refused(
             403,
             "not_of_this_room",
             f"{request.remote} is no private address: name its network in allow_networks to have it served",
         )
     if "Origin" in request.headers or "Sec-Fetch-Site" in request.headers:
         # Balancers send neither; a web page in somebody's browser cannot help sending one.
-        raise _Refused(403, "browser", "an agent does not serve web pages: ask the balancer")
+        raise Refused(403, "browser", "an agent does not serve web pages: ask the balancer")
 
 
-def _cut(request: web.Request) -> None:
-    """Ends the connection without ending the answer: half a text must not look whole to the other side."""
-    if request.transport is not None:
-        request.transport.abort()
+def _insist_on_readable(request: web.Request) -> None:
+    """What can be told of a body before it is read. Raises `Refused`."""
+    if request.content_type != "application/json":
+        raise Refused(415, "content_type", "the content type must be application/json")
+    if request.headers.get("Transfer-Encoding") is not None:
+        # A million chunks of a byte keep the loop busy for a second; balancers know how long bodies are.
+        raise Refused(411, "length_required", "send the body with a Content-Length")
+    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+        # A megabyte of gzip was seen to become 280 of memory on its way to being refused for its size.
+        raise Refused(415, "content_encoding", "compressed requests are not read")

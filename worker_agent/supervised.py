@@ -159,6 +159,12 @@ class SupervisedEngine:
             self._doubting = True
             self._start(self._check(serving))
 
+    def stuck(self, serving: Serving, reason: str) -> None:
+        """It works on requests and nothing comes of them. It is restarted, whatever it says of itself."""
+        if serving is self._serving:
+            self._reason = reason
+            self._tell(Event.DEAF)
+
     # What happens ...
 
     def _tell(self, event: Event) -> None:

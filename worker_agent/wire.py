@@ -45,6 +45,9 @@ MAX_TOKENS_HELD = 1_000_000_000
 REQUEST_ID_HEADER = "X-Request-ID"
 HOPS_HEADER = "X-Balancer-Hops"
 """How many balancers a request has passed, so that two that name each other do not pass it round for ever."""
+CONTINUE_HEADER = "X-LLM-Continue"
+"""A chat request with it, value "1", has as its last message the assistant's text so far; the engine goes on
+exactly there. Only for models that say `continues`: from others it is a 409 with code `cannot_continue`."""
 DEFAULT_AGENT_PORT = 4100
 
 INFERENCE_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
@@ -101,6 +104,9 @@ class ServedModel(_Message):
     """Tokens that all requests which run at once may hold together; None: not known."""
     cache_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS_HELD)
     """Tokens of earlier prompts that the engine can remember, about; None: not known."""
+    continues: bool = False
+    """It goes on with a chat answer that was begun elsewhere (`CONTINUE_HEADER`): probed on this engine since
+    its start."""
 
 
 class Report(_Message):
@@ -118,7 +124,8 @@ class Report(_Message):
     slots: int = Field(ge=1, le=4096)
     """How many requests the engine works on at once."""
     running: int = Field(default=0, ge=0, le=100_000)
-    """Requests that the agent holds open towards the engine now."""
+    """Slots that are taken now: requests that the agent holds open towards the engine, and those whose client
+    has left while the engine still works on them."""
     hardware: Line = ""
     """For people: `Apple M2 Ultra, 192 GiB` or `4 x86_64 cores, 16 GiB`."""
     detail: Line = ""

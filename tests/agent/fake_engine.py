@@ -9,6 +9,11 @@ all), `closing` (serves until it is asked to GET /close, then listens no more, a
 (generates for any key).
 
 Like older llama-servers, it lists its models to everybody.
+
+A chat that asks for a stream is answered as its `user` says: `endless` (a word each 20 ms), `stall` (a word,
+then nothing for as long as it lives, whoever leaves), `nap` (the same until somebody asks to GET /wake),
+`torn` (a word and a half, then nothing); anything else in three words. GET /busy tells how many streams it
+works on.
 """
 
 from __future__ import annotations
@@ -19,11 +24,16 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+WORD = b'data: {"choices": [{"delta": {"content": "word "}}]}\n\n'
 
 
 class Handler(BaseHTTPRequestHandler):
     mode = "serve"
+    busy = 0
+    awake = threading.Event()
 
     def answer(self, status: int, body: object) -> None:
         data = json.dumps(body).encode()
@@ -39,6 +49,11 @@ class Handler(BaseHTTPRequestHandler):
             threading.Thread(target=stop_listening, args=(self.server,)).start()
         elif self.path == "/health":
             self.answer(503 if self.mode == "mute" else 200, {})
+        elif self.path == "/wake":
+            self.awake.set()
+            self.answer(200, {})
+        elif self.path == "/busy":
+            self.answer(200, {"busy": Handler.busy})
         elif self.path == "/capacity":
             self.answer(200, {"tokens": 4096})
         elif self.path == "/v1/models":
@@ -47,12 +62,38 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(404, {})
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         key = self.headers.get("Authorization")
         if self.mode != "open" and key != f"Bearer {os.environ.get('FAKE_KEY')}":
             self.answer(401, {})
             return
+        if body.get("stream"):
+            self.stream(body.get("user"))
+            return
         self.answer(200, {"choices": [{"message": {"role": "assistant", "content": "o"}}]})
+
+    def stream(self, user: str | None) -> None:
+        """In HTTP/1.0, as the standard library does by itself: the connection's end is the answer's."""
+        Handler.busy += 1
+        try:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.end_headers()
+            self.wfile.write(WORD)
+            if user == "torn":
+                self.wfile.write(WORD[:20])
+            if user in ("stall", "torn"):
+                threading.Event().wait()
+            if user == "nap":
+                self.awake.wait()
+            while user == "endless":
+                time.sleep(0.02)
+                self.wfile.write(WORD)
+            self.wfile.write(WORD + WORD + b"data: [DONE]\n\n")
+        except OSError:
+            pass
+        finally:
+            Handler.busy -= 1
 
     def log_message(self, *_: object) -> None:
         pass

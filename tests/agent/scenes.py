@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -57,6 +58,9 @@ def fake_plan(starts: Path, mode: str, *, slots: int = 2) -> Plan:
         default_slots=slots,
         default_context_tokens=512,
         read_context_tokens=lambda model: positive(model.get("context")),
+        busy_path="/busy",
+        read_busy=lambda page: int(json.loads(page)["busy"]) if page else None,
+        busy_pauses_seconds=(0.05,),
     )
     return Plan(spec=spec, model="m", name="public", slots=slots, context_tokens=None, threads=1)
 

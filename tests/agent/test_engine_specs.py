@@ -10,7 +10,7 @@ import pytest
 from worker_agent.engines import ENGINES
 from worker_agent.engines.llama_cpp import LLAMA_CPP
 from worker_agent.engines.mlx import MLX
-from worker_agent.engines.spec import Capacity, Launch, generated
+from worker_agent.engines.spec import Capacity, Launch, generated, sum_of_metrics
 from worker_agent.engines.vllm import VLLM
 from worker_agent.wire import INFERENCE_PATHS
 
@@ -133,3 +133,49 @@ def test_an_answer_without_a_message_is_no_token(answer: object) -> None:
 
 def test_a_message_is() -> None:
     assert generated({"choices": [{"message": {"role": "assistant", "content": ""}}]})
+
+
+LLAMA_METRICS = """\
+# HELP llamacpp:requests_processing Number of requests processing
+# TYPE llamacpp:requests_processing gauge
+llamacpp:requests_processing 2
+llamacpp:predicted_tokens_seconds 58.1234
+llamacpp:requests_deferred 1
+"""
+
+
+def test_how_busy_an_engine_is_stands_on_its_metrics_page() -> None:
+    assert (LLAMA_CPP.busy_path, VLLM.busy_path) == ("/metrics", "/metrics")
+    assert LLAMA_CPP.read_busy(LLAMA_METRICS) == 3
+    page = """\
+vllm:num_requests_running{engine="0",model_name="m"} 6.0
+vllm:num_requests_running{engine="1",model_name="m"} 1.0
+vllm:num_requests_waiting{engine="0",model_name="m"} 2.0
+vllm:num_requests_waiting_by_reason{engine="0",reason="capacity"} 2.0
+"""
+    assert VLLM.read_busy(page) == 9
+
+
+@pytest.mark.parametrize("page", ["", "# nothing", "llamacpp:requests_processing many", "\0" * 100])
+def test_a_page_that_does_not_tell_it_says_nothing(page: str) -> None:
+    assert LLAMA_CPP.read_busy(page) is None
+    assert sum_of_metrics(page, ("llamacpp:requests_processing",)) is None
+
+
+def test_how_busy_mlx_is_is_not_known() -> None:
+    assert MLX.busy_path is None
+
+
+BEGUN = {"model": "m", "messages": [{"role": "assistant", "content": "a"}], "stream": True}
+
+
+def test_each_engine_goes_on_with_an_answer_in_its_own_way() -> None:
+    assert LLAMA_CPP.continue_chat is not None
+    assert VLLM.continue_chat is not None
+    assert LLAMA_CPP.continue_chat(BEGUN) == BEGUN
+    assert VLLM.continue_chat(BEGUN) == {
+        **BEGUN,
+        "continue_final_message": True,
+        "add_generation_prompt": False,
+    }
+    assert MLX.continue_chat is None

@@ -10,17 +10,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import aiohttp
+import orjson
 import pytest
 from aiohttp import web
 
 from agent.scenes import fake_plan, until
 from worker_agent import wire
-from worker_agent.gateway import Changes, Gateway, GatewayPolicy
+from worker_agent.changes import Changes
+from worker_agent.exchange import ExchangePolicy
+from worker_agent.gateway import Gateway, GatewayPolicy
 from worker_agent.readiness import Address
 from worker_agent.supervised import Plan, Serving
 from worker_agent.wire import EngineState, Report
 
 CHAT = "/v1/chat/completions"
+WORD = b'data: {"n": 1}\n\n'
+FINISHED = b'data: {"choices": [{"finish_reason": "stop"}]}\n\n'
+ERROR = b'data: {"error": {"message": "no memory"}}\n\n'
+DONE = b"data: [DONE]\n\n"
 
 
 class Engine:
@@ -29,6 +36,7 @@ class Engine:
     def __init__(self) -> None:
         self.requests: list[tuple[dict[str, str], dict[str, object]]] = []
         self.left = 0
+        self.awake = asyncio.Event()
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -50,7 +58,17 @@ class Engine:
                     await asyncio.Event().wait()
                 case "plain":
                     return web.json_response({"choices": []})
-            if body.get("user") == "old":  # HTTP/1.0: the end of the connection is the end of the answer
+                case "half plain":
+                    response = web.StreamResponse(headers={"Content-Type": "application/json"})
+                    await response.prepare(request)
+                    await response.write(b'{"choices"')
+                    assert request.transport is not None
+                    request.transport.abort()
+                    return response
+            if body.get("user") in (
+                "old",
+                "nap",
+            ):  # HTTP/1.0: the end of the connection is the end of the answer
                 response.force_close()
             await response.prepare(request)
             await response.write(b'data: {"n": 1}\n\n')
@@ -61,13 +79,36 @@ class Engine:
                     assert request.transport is not None
                     request.transport.abort()
                     return response
+                case "torn":
+                    await response.write(b'data: {"n": 2')
+                    assert request.transport is not None
+                    request.transport.close()
+                    return response
                 case "no end":
                     return response
+                case "nap":
+                    await self.awake.wait()
+                    return response
+                case "finished":
+                    await response.write(FINISHED)
+                    return response
+                case "error":
+                    await response.write(ERROR)
+                    return response
+                case "flood":
+                    while True:
+                        await response.write(b"x" * 65536)
+                case "words":
+                    while True:
+                        await response.write(WORD * 1000)
+                case "blank":
+                    while True:
+                        await response.write(b"\n\n" * 32768)
             await response.write(b"data: [DONE]\n\n")
             return response
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, ConnectionError):
             self.left += 1
-            raise
+            raise asyncio.CancelledError from None
 
 
 @dataclass
@@ -77,6 +118,7 @@ class Backend:
     plan: Plan
     serving: Serving | None
     doubts: list[Serving] = field(default_factory=list)
+    stuck_because: list[str] = field(default_factory=list)
     arrivals: int = 0
 
     def heard(self, serving: Serving) -> None:
@@ -85,6 +127,10 @@ class Backend:
 
     def doubt(self, serving: Serving) -> None:
         self.doubts.append(serving)
+
+    def stuck(self, serving: Serving, reason: str) -> None:
+        self.stuck_because.append(reason)
+        self.serving = None
 
 
 @dataclass
@@ -98,7 +144,9 @@ class Scene:
     def ask(
         self, user: str = "", **more: object
     ) -> contextlib.AbstractAsyncContextManager[aiohttp.ClientResponse]:
-        return self.client.post(self.url + CHAT, json={"model": "public", "user": user, **more})
+        return self.client.post(
+            self.url + CHAT, json={"model": "public", "stream": True, "user": user, **more}
+        )
 
 
 @contextlib.asynccontextmanager
@@ -120,8 +168,9 @@ async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
     app.router.add_post(CHAT, engine.chat)
     async with served(app) as engine_port:
         address = Address(port=engine_port, secret="s3cret")
+        plan = fake_plan(tmp_path / "starts", "serve")
         backend = Backend(
-            fake_plan(tmp_path / "starts", "serve"),
+            replace(plan, spec=replace(plan.spec, busy_path=None)),
             Serving(address=address, model="inner", context_tokens=64),
         )
         changes = Changes()
@@ -130,7 +179,12 @@ async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
             state = EngineState.READY if backend.serving else EngineState.RESTING
             return Report(id="a", state=state, engine="fake", slots=2, running=gateway.running)
 
-        policy = GatewayPolicy(body_bytes=10_000, body_seconds=0.5, connect_seconds=0.5)
+        policy = GatewayPolicy(
+            body_bytes=10_000,
+            body_seconds=0.5,
+            connect_seconds=0.5,
+            exchange=ExchangePolicy(answer_bytes=2**22),
+        )
         gateway = Gateway(backend, report, changes, policy)
         async with served(gateway.application()) as port, aiohttp.ClientSession() as client:
             yield Scene(engine, backend, gateway, f"http://127.0.0.1:{port}", client)
@@ -141,7 +195,7 @@ async def test_bytes_pass_as_they_come_and_the_model_is_rewritten(scene: Scene) 
         assert answer.status == 200
         assert await answer.read() == b'data: {"n": 1}\n\ndata: [DONE]\n\n'
     [(_, body)] = scene.engine.requests
-    assert body == {"model": "inner", "user": "", "temperature": 0, "headers_of_ours": "x"}
+    assert body == {"model": "inner", "stream": True, "user": "", "temperature": 0, "headers_of_ours": "x"}
 
 
 async def test_only_listed_headers_pass_in_either_direction(scene: Scene) -> None:
@@ -151,7 +205,8 @@ async def test_only_listed_headers_pass_in_either_direction(scene: Scene) -> Non
         "X-Request-ID": "r",
         "X-Forwarded-For": "8.8.8.8",
     }
-    async with scene.client.post(scene.url + CHAT, json={"model": "public"}, headers=headers) as answer:
+    body = {"model": "public", "stream": True}
+    async with scene.client.post(scene.url + CHAT, json=body, headers=headers) as answer:
         await answer.read()
         assert "X-Engine" not in answer.headers
         assert answer.headers["Content-Type"] == "text/event-stream"
@@ -179,13 +234,66 @@ async def _read(scene: Scene, user: str) -> bytes:
         return await answer.read()
 
 
-@pytest.mark.parametrize("fault", ["break", "no end"])
-async def test_half_an_answer_never_looks_whole(scene: Scene, fault: str) -> None:
+@pytest.mark.parametrize(
+    ("fault", "code"), [("break", "engine_died"), ("torn", "engine_died"), ("no end", "stream_incomplete")]
+)
+async def test_half_an_answer_ends_with_an_error_instead_of_its_end_mark(
+    scene: Scene, fault: str, code: str
+) -> None:
     async with scene.ask(fault) as answer:
-        assert answer.status == 200
+        word, _, error = (await answer.read()).partition(b"\n\n")
+    assert word + b"\n\n" == WORD
+    assert error_in(error)["code"] == code
+    await until(lambda: scene.gateway.running == 0)
+
+
+def error_in(event: bytes) -> dict[str, str]:
+    assert event.startswith(b"data: ")
+    assert event.endswith(b"}\n\n")
+    error: dict[str, str] = orjson.loads(event[6:])["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+async def test_the_end_of_an_old_connection_is_a_death_if_the_process_is_gone(scene: Scene) -> None:
+    async with scene.ask("nap") as answer:
+        assert await answer.content.readany() == WORD
+        scene.backend.serving = None  # its process ended, and with it its connections
+        scene.engine.awake.set()
+        assert error_in(await answer.read())["code"] == "engine_died"
+
+
+async def test_a_finished_answer_without_its_end_mark_gets_one(scene: Scene) -> None:
+    async with scene.ask("finished") as answer:
+        assert await answer.read() == WORD + FINISHED + DONE
+
+
+async def test_an_error_of_the_engines_own_is_the_last_event(scene: Scene) -> None:
+    async with scene.ask("error") as answer:
+        assert await answer.read() == WORD + ERROR
+
+
+@pytest.mark.parametrize("fault", ["flood", "blank"])
+async def test_an_answer_without_an_end_is_ended_and_the_engine_left(scene: Scene, fault: str) -> None:
+    async with scene.ask(fault) as answer:
+        end = (await answer.read())[len(WORD) :].lstrip(b"\n")
+    assert error_in(end)["code"] == "stream_incomplete"
+    await until(lambda: scene.engine.left == 1)
+
+
+async def test_an_answer_in_one_piece_that_breaks_off_is_cut(scene: Scene) -> None:
+    async with scene.ask("half plain") as answer:
         with pytest.raises(aiohttp.ClientError):
             await answer.read()
-    await until(lambda: scene.gateway.running == 0)
+
+
+@pytest.mark.parametrize("stream", [{}, {"stream": False}, {"stream": None}, {"stream": 1}])
+async def test_an_answer_in_one_piece_is_not_asked_of_an_engine(
+    scene: Scene, stream: dict[str, object]
+) -> None:
+    async with scene.client.post(scene.url + CHAT, json={"model": "public", **stream}) as answer:
+        assert (answer.status, (await answer.json())["error"]["code"]) == (400, "stream_required")
+    assert not scene.engine.requests
 
 
 async def test_an_answer_that_is_no_stream_needs_no_end_marker(scene: Scene) -> None:
@@ -232,6 +340,32 @@ async def test_an_engine_whose_connections_are_not_taken_is_doubted(scene: Scene
             assert answer.status == 502
             assert (await answer.json())["error"]["code"] == "engine_unreachable"
     assert scene.backend.doubts == [stuck]
+
+
+async def test_a_full_queue_beside_a_running_answer_is_no_reason_to_doubt(scene: Scene) -> None:
+    with socket.socket() as listener, contextlib.ExitStack() as stack:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(3):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+        async with scene.ask("stall"):
+            assert scene.backend.serving is not None
+            full = Address(port=listener.getsockname()[1], secret=None)
+            scene.backend.serving = replace(scene.backend.serving, address=full)
+            async with scene.ask() as answer:
+                assert (await answer.json())["error"]["code"] == "engine_unreachable"
+            assert scene.backend.doubts == []
+
+
+async def test_a_client_that_takes_nothing_any_more_is_dropped_and_the_engine_left(scene: Scene) -> None:
+    bounds = ExchangePolicy(write_seconds=0.3)
+    scene.gateway._policy = replace(scene.gateway._policy, exchange=bounds)
+    async with scene.ask("words") as answer:
+        await until(lambda: scene.engine.left == 1 and scene.gateway.running == 0)
+        with pytest.raises(aiohttp.ClientError):
+            await answer.read()
 
 
 async def test_each_arrival_from_the_engine_is_told_to_its_supervision(scene: Scene) -> None:
@@ -290,7 +424,7 @@ async def test_a_wrong_request_ends_here_in_openais_error_form(
 async def test_a_body_nested_deeper_than_can_be_sent_on_is_refused_before_it_takes_a_slot(
     scene: Scene,
 ) -> None:
-    nested = b'{"model": "public", "deep": ' + b"[" * 300 + b"]" * 300 + b"}"
+    nested = b'{"model": "public", "stream": true, "deep": ' + b"[" * 300 + b"]" * 300 + b"}"
     headers = {"Content-Type": "application/json"}
     async with (
         scene.ask("stall"),
@@ -302,13 +436,21 @@ async def test_a_body_nested_deeper_than_can_be_sent_on_is_refused_before_it_tak
 
 
 async def test_a_body_that_does_not_come_is_not_waited_for(scene: Scene) -> None:
-    async def slow() -> AsyncIterator[bytes]:
-        yield b"{"
-        await asyncio.Event().wait()
+    assert await raw(scene, b"Content-Length: 100\r\n\r\n{") == 408
 
-    headers = {"Content-Type": "application/json"}
-    async with scene.client.post(scene.url + CHAT, data=slow(), headers=headers) as answer:
-        assert answer.status == 408
+
+async def test_a_body_of_no_known_length_is_refused_before_its_chunks_are_read(scene: Scene) -> None:
+    assert await raw(scene, b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n") == 411
+
+
+async def raw(scene: Scene, rest: bytes) -> int:
+    """The status of the answer to a request with this end."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(scene.url.rpartition(":")[2]))
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n".encode()
+    writer.write(head + rest)
+    status = int((await asyncio.wait_for(reader.readline(), 5)).split()[1])
+    writer.close()
+    return status
 
 
 @pytest.mark.parametrize(
@@ -368,12 +510,13 @@ async def test_the_end_is_announced_then_what_runs_ends_well_then_the_streams_en
     async with scene.client.get(scene.url + wire.REPORT_PATH) as stream, scene.ask("stall") as running:
         scene.gateway.drain()
         async with scene.ask() as refused:
-            assert refused.status == 503
+            assert (refused.status, refused.headers["Retry-After"]) == (503, "5")
+            assert (await refused.json())["error"]["code"] == "stopping"
         assert await running.content.readany() == b'data: {"n": 1}\n\n'
-        scene.gateway.close()
-        with pytest.raises(aiohttp.ClientError):
-            await running.read()
+        closing = asyncio.ensure_future(scene.gateway.close())
+        assert error_in(await running.read())["code"] == "stopping"
         await asyncio.wait_for(stream.read(), 5)
+        await closing
     await asyncio.wait_for(scene.gateway.drained(), 5)
 
 
@@ -383,3 +526,36 @@ async def test_watchers_are_bounded(scene: Scene) -> None:
             await stack.enter_async_context(scene.client.get(scene.url + wire.REPORT_PATH))
         async with scene.client.get(scene.url + wire.REPORT_PATH) as one_too_many:
             assert one_too_many.status == 503
+
+
+async def test_one_who_goes_on_only_if_the_engine_has_shown_that_it_can(scene: Scene) -> None:
+    headers = {wire.CONTINUE_HEADER: "1"}
+    begun = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for messages, status, code in ((begun, 409, "cannot_continue"), (begun[:1], 400, "nothing_to_continue")):
+        body = {"model": "public", "stream": True, "messages": messages}
+        async with scene.client.post(scene.url + CHAT, json=body, headers=headers) as answer:
+            assert (answer.status, (await answer.json())["error"]["code"]) == (status, code)
+    assert not scene.engine.requests
+
+
+async def test_one_who_sends_words_of_the_assistants_without_the_header_gets_what_the_engine_makes_of_them(
+    scene: Scene,
+) -> None:
+    messages = [{"role": "assistant", "content": "b"}]
+    async with scene.ask(messages=messages) as answer:
+        assert answer.status == 200
+    assert scene.engine.requests[0][1]["messages"] == messages
+
+
+async def test_a_body_that_is_too_large_is_refused_for_its_length_alone(scene: Scene) -> None:
+    assert await raw(scene, b"Content-Length: 100000000\r\n\r\n{") == 413
+
+
+async def test_bodies_are_bounded_together_too(scene: Scene) -> None:
+    scene.gateway._policy = replace(scene.gateway._policy, held_bytes=300)
+    async with scene.ask("stall", more="x" * 150):
+        async with scene.ask(more="x" * 150) as answer:
+            assert (answer.status, (await answer.json())["error"]["code"]) == (503, "too_much_at_once")
+    await until(lambda: scene.gateway.running == 0)
+    async with scene.ask(more="x" * 150) as answer:
+        assert answer.status == 200

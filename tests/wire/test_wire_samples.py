@@ -17,7 +17,15 @@ def line(name: str) -> bytes:
 
 
 def test_a_report_is_written_as_the_sample_says():
-    assert orjson.loads(wire.Report.from_line(line("report")).to_line()) == orjson.loads(line("report"))
+    sample = line("report_of_one_that_continues")
+    assert orjson.loads(wire.Report.from_line(sample).to_line()) == orjson.loads(sample)
+
+
+def test_one_that_says_nothing_of_going_on_with_answers_is_not_asked_to():
+    [model] = wire.Report.from_line(line("report")).models
+    assert not model.continues
+    [model] = wire.Report.from_line(line("report_of_one_that_continues")).models
+    assert model.continues
 
 
 def test_a_report_tells_of_each_model_what_it_is_and_how_much_it_holds():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from worker_agent.engines.spec import Capacity, EngineSpec, Launch, positive
+from worker_agent.engines.spec import Capacity, EngineSpec, Launch, positive, sum_of_metrics
 
 _BATCH_TOKENS = 256
 """A prompt whose client left is dropped between two batches: 0.8 to 1 s later on one core, where 6 to 24 s
@@ -65,4 +65,11 @@ LLAMA_CPP = EngineSpec(
     default_context_tokens=4096,
     read_context_tokens=_context_tokens,
     read_capacity=_capacity,
+    busy_path="/metrics",
+    read_busy=lambda page: sum_of_metrics(
+        page, ("llamacpp:requests_processing", "llamacpp:requests_deferred")
+    ),
+    # It looks for a client that left only after a second in which it told nobody anything, nor this page.
+    busy_pauses_seconds=(0.1, 0.3, 1.5),
+    continue_chat=dict,  # a trailing message of the assistant's is taken as the beginning of its answer
 )

@@ -4,6 +4,9 @@ Its traps, each answered elsewhere by one rule: it does not exit when its port i
 without a model (supervision: a start limit, an ownership check and a generated token); it looks any other
 model name up on the hub (the gateway rewrites `model`); it speaks HTTP/1.0, so that a stream cut short looks
 complete (the gateway asks for the end marker).
+
+It tells nobody how many requests it works on, and its chat route closes a trailing message of the assistant's
+and begins a new turn: no orphans are counted, no answers that were begun elsewhere are taken.
 """
 
 from __future__ import annotations

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from worker_agent.wire import INFERENCE_PATHS
+
+_SAMPLE = re.compile(r"^([a-zA-Z_:]{1,128})(?:\{[^\n]{0,4096}\})? (\d{1,9}(?:\.\d{1,9})?)$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +48,10 @@ def _unknown(_launch: Launch, _context_tokens: int | None, _page: str) -> Capaci
     return Capacity()
 
 
+def _not_told(_page: str) -> int | None:
+    return None
+
+
 def _nothing(_launch: Launch) -> Mapping[str, str]:
     return {}
 
@@ -78,6 +85,15 @@ class EngineSpec:
     """A page that tells what it holds, read once when it is ready; None: it has none."""
     read_capacity: Callable[[Launch, int | None, str], Capacity] = _unknown
     """From the launch, the tokens per request, and that page (empty where there is none)."""
+    busy_path: str | None = None
+    """A page that tells how many requests it works on now, abandoned ones included; None: it has none."""
+    read_busy: Callable[[str], int | None] = _not_told
+    """From that page; None: it does not say."""
+    busy_pauses_seconds: tuple[float, ...] = (0.2,)
+    """Before each look at that page while it is waited for; the last one is repeated."""
+    continue_chat: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    """Makes of a chat request whose last message is the beginning of an answer one that it goes on with;
+    None: no way is known. Whether it works is found out at each start (`continuation`)."""
 
 
 def probe_body(model: str) -> dict[str, object]:
@@ -91,6 +107,12 @@ def generated(answer: Any) -> bool:
         return bool(answer["choices"][0]["message"]["role"] == "assistant")
     except (LookupError, TypeError):
         return False
+
+
+def sum_of_metrics(page: str, names: Collection[str]) -> int | None:
+    """All samples of these metrics on a page in Prometheus' text format, added up; None: there are none."""
+    found = [int(float(value)) for name, value in _SAMPLE.findall(page) if name in names]
+    return sum(found) if found else None
 
 
 def positive(value: Any) -> int | None:

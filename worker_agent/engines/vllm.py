@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from worker_agent.engines.spec import Capacity, EngineSpec, Launch, positive
+from worker_agent.engines.spec import Capacity, EngineSpec, Launch, positive, sum_of_metrics
 
 _CACHE = re.compile(r"^vllm:cache_config_info\{([^\n]{1,8192})\}", re.MULTILINE)
 
@@ -44,4 +44,7 @@ VLLM = EngineSpec(
     read_context_tokens=lambda model: positive(model.get("max_model_len")),
     capacity_path="/metrics",
     read_capacity=_capacity,
+    busy_path="/metrics",
+    read_busy=lambda page: sum_of_metrics(page, ("vllm:num_requests_running", "vllm:num_requests_waiting")),
+    continue_chat=lambda body: {**body, "continue_final_message": True, "add_generation_prompt": False},
 )
