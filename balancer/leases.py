@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -148,20 +147,10 @@ class Lease:
             if self._scope is not None:
                 self._scope.reschedule(asyncio.get_running_loop().time())
 
-    @asynccontextmanager
-    async def held(self) -> AsyncIterator[None]:
-        """Raises `Abandoned`, out of the block too, when the attempt is ended from outside."""
-        if self.stopped is not None:
-            raise Abandoned(self.stopped, self._reason)
-        try:
-            async with asyncio.timeout(None) as self._scope:
-                yield
-        except TimeoutError:
-            if self.stopped is None:
-                raise
-            raise Abandoned(self.stopped, self._reason) from None
-        finally:
-            self._scope = None
+    def held(self) -> _Held:
+        """For an `async with`. Raises `Abandoned`, out of the block too, when the attempt is ended from
+        outside."""
+        return _Held(self)
 
     def grown(self) -> int | None:
         """Tokens that have come; None: no more than when this was last asked."""
@@ -176,6 +165,34 @@ class Lease:
             self.grant.ticket,
             Verdict.BAD if self.stopped in (Stop.LOST, Stop.SILENT) else Verdict.UNKNOWN,
         )
+
+
+class _Held:
+    """The block of an attempt, which can be ended from outside."""
+
+    __slots__ = ("_lease", "_scope")
+
+    def __init__(self, lease: Lease) -> None:
+        self._lease = lease
+        self._scope = asyncio.timeout(None)
+
+    async def __aenter__(self) -> None:
+        lease = self._lease
+        if lease.stopped is not None:
+            raise Abandoned(lease.stopped, lease._reason)
+        lease._scope = await self._scope.__aenter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        lease = self._lease
+        lease._scope = None
+        try:
+            await self._scope.__aexit__(kind, error, trace)
+        except TimeoutError:
+            if lease.stopped is None:
+                raise
+            raise Abandoned(lease.stopped, lease._reason) from None
 
 
 class _Acquired:

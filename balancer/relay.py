@@ -67,7 +67,8 @@ KNOCK_SECONDS = 1.0
 
 _AGENTS_WORDS: Mapping[str, Cause] = {
     "engine_died": Cause.CRASHED,
-    "engine_unreachable": Cause.CRASHED,
+    "engine_unreachable": Cause.ERRED,
+    "stream_incomplete": Cause.BROKE,
     "engine_wedged": Cause.SILENT,
     "engine_not_ready": Cause.BUSY,
     "stopping": Cause.BUSY,

@@ -62,6 +62,10 @@ CAUSES: dict[Cause, Consequence] = {
     Cause.REJECTED: Consequence(Verdict.UNKNOWN, again=False),
 }
 
+MAX_BUSY = 20
+"""Tries that may end with a worker saying that it has no room. They cost nobody anything and are no failures;
+in line the request would have waited as long."""
+
 MAX_CRASHES = 2
 """Engines that one request may be the last of: a prompt that kills them must not go through the room, one
 after the other (RELIABILITY S3)."""
@@ -101,7 +105,10 @@ def after(policy: RetryPolicy, tried: Sequence[Tried], chance: float) -> Again |
     so that the clients of a worker that died do not come back as one (AWS Builders' Library, "Timeouts,
     retries and backoff with jitter"). `chance` is uniform in [0, 1).
     """
-    if not CAUSES[tried[-1].cause].again or len(tried) > policy.max_retries or is_poison(tried):
+    if not CAUSES[tried[-1].cause].again or is_poison(tried) or not policy.max_retries:
+        return None
+    busy = sum(attempt.cause is Cause.BUSY for attempt in tried)
+    if len(tried) - busy > policy.max_retries or busy > MAX_BUSY:
         return None
     longest = min(policy.base_seconds * 2.0 ** (len(tried) - 2), policy.longest_seconds)
     return Again(

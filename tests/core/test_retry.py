@@ -3,7 +3,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from balancer.core.model import Verdict, WorkerId
-from balancer.core.retry import CAUSES, MAX_CRASHES, Again, Cause, RetryPolicy, Tried, after, is_poison
+from balancer.core.retry import (
+    CAUSES,
+    MAX_BUSY,
+    MAX_CRASHES,
+    Again,
+    Cause,
+    RetryPolicy,
+    Tried,
+    after,
+    is_poison,
+)
 
 POLICY = RetryPolicy(max_retries=3, base_seconds=0.5)
 
@@ -34,6 +44,13 @@ def test_after_three_retries_it_is_enough():
 
 def test_no_retries_where_they_are_switched_off():
     assert after(RetryPolicy(max_retries=0), tried(Cause.BROKE), chance=0.5) is None
+
+
+def test_who_is_told_that_there_is_no_room_comes_back_more_often():
+    assert after(POLICY, tried(*[Cause.BUSY] * MAX_BUSY), chance=0.5) is not None
+    assert after(POLICY, tried(*[Cause.BUSY] * (MAX_BUSY + 1)), chance=0.5) is None
+    assert after(POLICY, tried(*[Cause.BUSY] * 9, *[Cause.BROKE] * 3), chance=0.5) is not None
+    assert after(POLICY, tried(*[Cause.BUSY] * 9, *[Cause.BROKE] * 4), chance=0.5) is None
 
 
 @pytest.mark.parametrize("cause", [Cause.REJECTED, Cause.OVERDUE, Cause.LEFT, Cause.OUTRUN])
