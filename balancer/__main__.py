@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Coroutine
 from importlib.metadata import version as installed_version
@@ -19,13 +21,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from balancer import logs
+from balancer import keeping, logs
 from balancer import up as up_
 from balancer.app import PortTaken, Running, Stop, running
 from balancer.batch.cli import batch, presets
 from balancer.batch.client import root_of
 from balancer.config_file import ConfigFaults, read
 from balancer.core.dispatcher import WorkerView
+from balancer.inherited import NotASocket, listening_sockets, notify
 from balancer.settings import Settings, SettingsError, load
 
 _T = TypeVar("_T")
@@ -144,16 +147,66 @@ def serve(
     config: ConfigOption = None,
     mdns: MdnsOption = None,
     log_level: LogOption = None,
+    listen_fd: Annotated[
+        int | None,
+        typer.Option(min=0, help="Listen on this inherited socket; systemd's LISTEN_FDS is understood too."),
+    ] = None,
+    until_stdin_ends: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Start the balancer alone: workers come from the config file, by mDNS, and by joining."""
     settings = _settings(config, host=host, port=port, data_dir=data_dir, mdns=mdns, log_level=log_level)
-    _run(lambda stop: _serve(settings, stop))
+    try:
+        sockets = listening_sockets(os.environ, os.getpid(), listen_fd)
+    except NotASocket as error:
+        _fail(str(error))
+    _run(lambda stop: _serve(settings, sockets, stop, until_stdin_ends=until_stdin_ends))
 
 
-async def _serve(settings: Settings, stop: Stop) -> None:
-    async with running(settings) as balancer:
+async def _serve(
+    settings: Settings, sockets: list[socket.socket], stop: Stop, *, until_stdin_ends: bool
+) -> None:
+    async with running(settings, sockets) as balancer:
+        if until_stdin_ends:
+            # Whoever keeps us holds the other end, and writes nothing: it ends with its holder.
+            asyncio.get_running_loop().add_reader(sys.stdin.fileno(), _end_with_keeper, stop)
+        notify("READY=1", os.environ)
         await stop.asked.wait()
+        notify("STOPPING=1", os.environ)
         await _finish(Console(stderr=True), balancer, stop)
+
+
+def _end_with_keeper(stop: Stop) -> None:
+    if not os.read(sys.stdin.fileno(), 4096):
+        asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
+        stop.asked.set()
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def keep(
+    context: typer.Context,
+    host: HostOption = None,
+    port: PortOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Keep a balancer running, and renew it without refusing anybody: kill -HUP starts a new one on the same
+    port, which takes over once it is ready. Takes the options of `serve`."""
+    settings = _settings(config, host=host, port=port)
+    given = {"--host": host, "--port": port, "--config": config}
+    options = [word for name, value in given.items() if value is not None for word in (name, str(value))]
+    command = [sys.executable, "-m", "balancer", "serve", *options, *context.args]
+    try:
+        listening = keeping.listen(settings.host, settings.port)
+    except OSError as error:
+        _fail(
+            f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}. "
+            "Choose another port with --port.",
+            status=1,
+        )
+    try:
+        status = asyncio.run(keeping.keep(command, listening))
+    except keeping.CannotStart as error:
+        _fail(str(error), status=error.status if error.status > 0 else 1)
+    raise typer.Exit(status)
 
 
 @app.command()

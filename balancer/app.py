@@ -7,14 +7,15 @@ import gc
 import logging
 import random
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping
+import socket
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from ipaddress import ip_network
 
 import aiohttp
-from aiohttp import web
 
+from balancer.connections import ConnectionPolicy
 from balancer.core.admission import AdmissionPolicy
 from balancer.core.batches import BatchPolicy
 from balancer.core.breaker import BreakerPolicy
@@ -26,10 +27,12 @@ from balancer.core.retry import RetryPolicy
 from balancer.discovery import Browser, NotAdmitted, Roster, own_interfaces
 from balancer.front import Front, FrontPolicy
 from balancer.history import History
+from balancer.hot_path import HttpServer, ServerPolicy
 from balancer.inference import Inference, InferencePolicy
 from balancer.journey import Journey, JourneyPolicy, Observer
 from balancer.leases import TICK_SECONDS, Leases
 from balancer.metrics import Metrics
+from balancer.origins import OriginPolicy, Origins
 from balancer.relay import Relay
 from balancer.settings import Settings
 from balancer.upstream import TimeoutPolicy, Upstream
@@ -38,10 +41,6 @@ from worker_agent.sources import Network, Sources
 from worker_agent.wire import Join
 
 log = logging.getLogger(__name__)
-
-MAX_LINE_BYTES = 8190
-"""Of a request line or a header, on the client's side."""
-
 
 LAST_WORDS_SECONDS = 2.0
 """To tell the clients of what was cut short."""
@@ -68,9 +67,20 @@ class Running:
     """A balancer that listens."""
 
     def __init__(
-        self, port: int, leases: Leases, journey: Journey, inference: Inference, drain_seconds: float
+        self,
+        port: int,
+        leases: Leases,
+        journey: Journey,
+        inference: Inference,
+        server: HttpServer,
+        drain_seconds: float,
+        *,
+        hands_over: bool,
     ) -> None:
+        """`hands_over`: the socket is inherited, and another process will accept from it."""
         self.port = port
+        self._server = server
+        self._hands_over = hands_over
         self._leases = leases
         self._journey = journey
         self._inference = inference
@@ -86,14 +96,24 @@ class Running:
 
     async def drain(self, stop: Stop) -> None:
         """Take nothing new, and let what is under way finish: for `drain_timeout`, or until hurried. What
-        is under way then is ended, and its clients are told."""
-        self._inference.draining = True
-        waits = [asyncio.ensure_future(event.wait()) for event in (self._journey.idle, stop.hurried)]
+        is under way then is ended, and its clients are told.
+
+        Where the socket is handed over, new clients reach another process; those that are connected here
+        are served until each has had one more answer, which tells it that its connection ends.
+        """
+        if self._hands_over:
+            self._server.retire()
+            over = self._server.emptied
+        else:
+            self._inference.draining = True
+            over = self._journey.idle
+        waits = [asyncio.ensure_future(event.wait()) for event in (over, stop.hurried)]
         try:
             await asyncio.wait(waits, timeout=self._drain_seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for wait in waits:
                 wait.cancel()
+        self._inference.draining = True
         self._journey.end_all(ShuttingDown("The balancer is stopping. Ask again in a moment."))
         with suppress(TimeoutError):
             async with asyncio.timeout(LAST_WORDS_SECONDS):
@@ -101,8 +121,9 @@ class Running:
 
 
 @asynccontextmanager
-async def running(settings: Settings) -> AsyncIterator[Running]:
-    """A balancer from these settings, listening inside the block.
+async def running(settings: Settings, sockets: Sequence[socket.socket] = ()) -> AsyncIterator[Running]:
+    """A balancer from these settings, listening inside the block: on `sockets`, which listen already, or on
+    the host and port of the settings.
 
     Leaving the block ends what is still under way and closes everything in the reverse order of its start;
     whoever wants requests to finish awaits `Running.drain` first. Raises `PortTaken`.
@@ -184,7 +205,7 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
 
         front = Front(
             inference,
-            FrontPolicy(),
+            FrontPolicy(body_seconds=settings.body_timeout, slow_reader_seconds=settings.slow_reader_timeout),
             snapshot=leases.snapshot,
             drain=drain,
             join=join,
@@ -193,7 +214,17 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
         )
         await stack.enter_async_context(_ticking(leases.tick, TICK_SECONDS))
         await stack.enter_async_context(_ticking(roster.tick, 1.0))
-        port = await _listen(front.application(), settings, stack)
+        server = await stack.enter_async_context(
+            HttpServer(
+                inference,
+                front.application(),
+                Origins(
+                    OriginPolicy(own_names() | set(settings.allow_hosts), frozenset(settings.allow_origins))
+                ),
+                _server_policy(settings),
+            )
+        )
+        port = await _listen(server, settings, sockets)
         if settings.mdns:
             browser = Browser(found=roster.found)
             stack.push_async_callback(browser.aclose)
@@ -201,7 +232,9 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
         gc.collect()
         gc.freeze()  # what lives as long as the process need not be looked at by every collection
         log.info("listening on http://%s:%d", settings.host, port)
-        yield Running(port, leases, journey, inference, settings.drain_timeout)
+        yield Running(
+            port, leases, journey, inference, server, settings.drain_timeout, hands_over=bool(sockets)
+        )
 
 
 @asynccontextmanager
@@ -226,30 +259,31 @@ async def _ticking(tick: Callable[[], None], seconds: float) -> AsyncIterator[No
             await task
 
 
-async def _listen(app: web.Application, settings: Settings, stack: AsyncExitStack) -> int:
-    runner = web.AppRunner(
-        app,
-        access_log=None,
-        handler_cancellation=True,  # a client that leaves ends its handler, and with it the work (D3)
-        auto_decompress=False,
-        lingering_time=0,
-        keepalive_timeout=75,
-        max_line_size=MAX_LINE_BYTES,
-        max_field_size=MAX_LINE_BYTES,
-        shutdown_timeout=0.5,  # what is worth waiting for has been waited for by `drain`
-    )
-    await runner.setup()
-    stack.push_async_callback(runner.cleanup)
-    site = web.TCPSite(runner, settings.host, settings.port)
+async def _listen(server: HttpServer, settings: Settings, sockets: Sequence[socket.socket]) -> int:
+    if sockets:
+        return await server.listen_on(sockets)
     try:
-        await site.start()
+        return await server.listen(settings.host, settings.port)
     except OSError as error:
         raise PortTaken(
             f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}. "
             "Choose another port with --port."
         ) from error
-    address = runner.addresses[0]
-    return int(address[1])
+
+
+def _server_policy(settings: Settings) -> ServerPolicy:
+    return ServerPolicy(
+        hot_path=settings.hot_path,
+        connections=ConnectionPolicy(settings.max_connections, settings.max_connections_per_address),
+        body_seconds=settings.body_timeout,
+        slow_reader_seconds=settings.slow_reader_timeout,
+    )
+
+
+def own_names() -> frozenset[str]:
+    """By which others on the network call this machine."""
+    name = socket.gethostname().lower()
+    return frozenset({name, f"{name.partition('.')[0]}.local"})
 
 
 def own_addresses() -> tuple[Network, ...]:

@@ -310,6 +310,33 @@ def _capital(value: object) -> object:
     return value.upper() if isinstance(value, str) else value
 
 
+def _listed(value: object, what: str) -> list[str]:
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+        raise ValueError(f"expected {what}")
+    return [part.strip().lower() for part in parts]
+
+
+def _host_names(value: object) -> tuple[str, ...]:
+    """From a list, or from names with commas between them. Raises `ValueError`."""
+    names = _listed(value, "names such as balancer.lab.org")
+    for name in names:
+        if not re.fullmatch(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*", name):
+            raise ValueError(
+                f"{name[:60]!r} is not a name such as balancer.lab.org, alone and without a port"
+            )
+    return tuple(names)
+
+
+def _web_origins(value: object) -> tuple[str, ...]:
+    """From a list, or from origins with commas between them. Raises `ValueError`."""
+    origins = _listed(value, "origins such as https://chat.lab.org")
+    for origin in origins:
+        if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[a-z0-9._:\[\]-]+", origin):
+            raise ValueError(f"{origin[:60]!r} is not an origin such as https://chat.lab.org, without a path")
+    return tuple(origins)
+
+
 class Tunables(_Strict):
     """Every setting beside the workers, with default and bounds: of file, environment and flags."""
 
@@ -330,6 +357,21 @@ class Tunables(_Strict):
         WithJsonSchema({"type": "array", "items": {"type": "string"}}),
     ] = ()
     """Served beside private addresses, such as a campus network: 131.1.0.0/16."""
+    allow_hosts: Annotated[
+        tuple[str, ...],
+        NoDecode,
+        BeforeValidator(_host_names),
+        WithJsonSchema({"type": "array", "items": {"type": "string"}}),
+    ] = ()
+    """Names by which clients call the balancer, beside addresses, localhost, names of one word and its own
+    host name: balancer.lab.org."""
+    allow_origins: Annotated[
+        tuple[str, ...],
+        NoDecode,
+        BeforeValidator(_web_origins),
+        WithJsonSchema({"type": "array", "items": {"type": "string"}}),
+    ] = ()
+    """Web pages that may ask, by their origin, beside those of the balancer's own: https://chat.lab.org."""
     enable_metrics: bool = True
     """Serve /metrics for Prometheus."""
     mdns: bool = True
@@ -367,6 +409,16 @@ class Tunables(_Strict):
     """Share of the room's work that class batch gets even under continuous chats."""
     max_body_mib: int = Field(default=32, ge=1, le=1024)
     """The largest request body, in MiB."""
+    body_timeout: Seconds = 30.0
+    """Seconds in which the whole body of a request has to come."""
+    slow_reader_timeout: Seconds = 60.0
+    """Seconds that a client may leave its answer unread before it is dropped."""
+    max_connections: int = Field(default=10_000, ge=8, le=1_000_000)
+    """Connections of clients at once; one more is refused."""
+    max_connections_per_address: int = Field(default=200, ge=1, le=1_000_000)
+    """The same from one address; programs on the balancer's own machine are not held to it."""
+    hot_path: bool = True
+    """Read requests for answers by the balancer's own fast reader; false: all by aiohttp."""
     max_concurrent_batch: int = Field(default=50, ge=1, le=10_000)
     """Batch lines that are under way at once."""
     policy: Literal["expected_latency", "weighted_random", "least_loaded", "round_robin"] = "expected_latency"

@@ -81,7 +81,9 @@ class Front:
         self._metrics = metrics
 
     def application(self) -> web.Application:
-        app = web.Application(client_max_size=self._inference.policy.max_body_bytes, middlewares=[self._guarded])
+        app = web.Application(
+            client_max_size=self._inference.policy.max_body_bytes, middlewares=[self._guarded]
+        )
         for endpoint in Endpoint:
             app.router.add_post(endpoint.value, self._answering(endpoint))
         app.router.add_get("/v1/models", self._models)

@@ -5,11 +5,11 @@ templates or crash them (RELIABILITY D9), so it is rebuilt from what the tables 
 
 | table | what becomes of a parameter | why |
 |---|---|---|
-| `FIELDS` | checked, and passed on to workers of every type | all engines know it, or pass over it without harm |
+| `FIELDS` | checked, passed on to workers of every type | engines know it, or pass over it without harm |
 | `SYNONYMS` | passed on under each of its names | engines call one thing by several names |
 | `FOR_US` | checked, and left out | OpenAI's words for what a room decides by itself |
 | `UNSUPPORTED` | 400 | an answer that passes over it would not be what was asked for |
-| any other | left out | clients send much that concerns nobody: `user`, `store`, `metadata`, `keep_alive` ... |
+| any other | left out | clients send much that concerns nobody: `user`, `store`, `metadata` ... |
 """
 
 from __future__ import annotations
@@ -182,6 +182,28 @@ FOR_US: Mapping[str, Expectation] = {
 }
 """Fields of any request that are checked and not passed on: OpenAI's own words for what a room decides by
 itself. Who shares a prompt's beginning is seen in the prompt."""
+_INSTEAD_OF_FUNCTIONS = "use 'tools' and 'tool_choice' in its place"
+_INSTEAD_OF_GRAMMARS = "use 'response_format' with a JSON schema in its place"
+_AS_STARTED = "a model is served as it was started"
+UNSUPPORTED: Mapping[str, str] = {
+    "adapters": _AS_STARTED,
+    "audio": "answers are text",
+    "chat_template": _AS_STARTED,
+    "function_call": _INSTEAD_OF_FUNCTIONS,
+    "functions": _INSTEAD_OF_FUNCTIONS,
+    "grammar": _INSTEAD_OF_GRAMMARS,
+    "guided_choice": _INSTEAD_OF_GRAMMARS,
+    "guided_grammar": _INSTEAD_OF_GRAMMARS,
+    "guided_json": _INSTEAD_OF_GRAMMARS,
+    "guided_regex": _INSTEAD_OF_GRAMMARS,
+    "json_schema": _INSTEAD_OF_GRAMMARS,
+    "lora": _AS_STARTED,
+    "prompt_embeds": "send the prompt as text or tokens",
+    "structured_outputs": _INSTEAD_OF_GRAMMARS,
+    "use_beam_search": "answers are sampled",
+    "web_search_options": "no worker searches the web",
+}
+"""What no worker is asked for, with the reason or the way to go. Empty values ask for nothing."""
 REQUIRED: Mapping[Endpoint, str] = {
     Endpoint.CHAT: "messages",
     Endpoint.COMPLETIONS: "prompt",
@@ -292,6 +314,8 @@ def parse(endpoint: Endpoint, body: bytes, key: bytes = b"") -> Request:
 
 _BUT_STRUCTURE = bytes(byte for byte in range(256) if byte not in b'[]{}":')
 
+_ALL_BRACKETS_ALIKE = bytes.maketrans(b"{}", b"[]")
+
 
 def _read(body: bytes) -> Json:
     """The body as an object, within bounds. Raises `BadRequest`."""
@@ -321,20 +345,19 @@ def _insist_on_bounds(body: bytes) -> None:
     colons = structure.count(b":")
     if max(colons, structure.count(b"[") + structure.count(b"{")) > MAX_MEMBERS:
         raise BadRequest(f"The body has more than {MAX_MEMBERS} members, arrays or objects.")
-    structure = structure.replace(b":", b"")
+    levels = structure.translate(_ALL_BRACKETS_ALIKE, b":")
     for _ in range(MAX_DEPTH):
-        if not structure:
+        levels = levels.replace(b"[]", b"")  # the innermost level of all that is left
+        if not levels:
             return
-        structure = structure.replace(b"[]", b"").replace(b"{}", b"")
-        # `[{}]` loses two levels in one round where it can; so deep a body is refused in the next.
-    if structure:
-        raise BadRequest(f"The body is nested too deeply, or not closed: {MAX_DEPTH} levels at most.")
+    if b"[]" in levels:  # else something is not closed, and the parser says where
+        raise BadRequest(f"The body is nested too deeply: {MAX_DEPTH} levels at most.")
 
 
 def _comes_twice(name: str, body: bytes) -> bool:
     """Whether the outermost object has the key twice; it is JSON."""
     outermost = json.loads(body, object_pairs_hook=list)
-    return sum(key == name for key, _ in outermost) > 1
+    return [key for key, _ in outermost].count(name) > 1
 
 
 def _insist_on_supported(fields: Json) -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from balancer.core.errors import BadRequest, ModelNotFound, RequestError
 from balancer.core.model import Endpoint, ModelName, ModelOffer
 from balancer.dialects.openai import (
+    UNSUPPORTED,
     AnswerError,
     Assembly,
     StreamReader,
@@ -48,9 +49,108 @@ def test_a_worker_is_always_asked_for_the_usage_of_a_stream():
     }
 
 
-@pytest.mark.parametrize("field", ["draft_model", "adapters", "chat_template", "n_discard", "prompt_embeds"])
-def test_parameters_that_could_harm_an_engine_do_not_reach_it(field):
-    assert field not in orjson.loads(parsed(**{field: "x"}).to_worker("m", stream=False))
+@pytest.mark.parametrize(
+    "field",
+    [
+        *("draft_model", "n_discard", "user", "store", "metadata", "service_tier", "keep_alive", "options"),
+        *("safety_identifier", "verbosity", "prediction", "prompt_cache_key", "chat_parser", "invented"),
+    ],
+)
+def test_what_is_not_listed_does_not_reach_an_engine(field):
+    value = "auto"
+    assert field not in orjson.loads(parsed(**{field: value}).to_worker("m", stream=False))
+
+
+@pytest.mark.parametrize("field", UNSUPPORTED)
+def test_what_an_answer_cannot_pass_over_is_refused_by_name(field):
+    with pytest.raises(BadRequest, match="not supported") as caught:
+        parsed(**{field: {"a": 1}})
+    assert caught.value.param == field
+    parsed(**{field: None})
+    parsed(**{field: []})
+
+
+def test_answers_are_text():
+    parsed(modalities=["text"])
+    with pytest.raises(BadRequest, match="modalities"):
+        parsed(modalities=["text", "audio"])
+
+
+@pytest.mark.parametrize("name", ["repeat_penalty", "repetition_penalty"])
+def test_each_engine_finds_a_repetition_penalty_under_its_own_name(name):
+    body = orjson.loads(parsed(**{name: 1.1}).to_worker("m", stream=False))
+    assert body["repeat_penalty"] == body["repetition_penalty"] == 1.1
+    both = orjson.loads(parsed(repeat_penalty=1.2, repetition_penalty=1.3).to_worker("m", stream=False))
+    assert (both["repeat_penalty"], both["repetition_penalty"]) == (1.2, 1.3)
+
+
+def test_of_a_templates_variables_only_thinking_is_passed_on():
+    body = orjson.loads(parsed(chat_template_kwargs={"enable_thinking": False}).to_worker("m", stream=False))
+    assert body["chat_template_kwargs"] == {"enable_thinking": False}
+    for harmful in ({"tokenize": True}, {"enable_thinking": "{{ x }}"}, {"chat_template": "x"}, []):
+        with pytest.raises(BadRequest, match="chat_template_kwargs"):
+            parsed(chat_template_kwargs=harmful)
+
+
+def nested(depth: int) -> bytes:
+    return b'{"model":"m","messages":[{"role":"user","content":"[[[{{{"}],"response_format":%b{}%b}' % (
+        b'{"a\\"[":' * (depth - 2),
+        b"}" * (depth - 2),
+    )
+
+
+def test_a_body_is_nested_to_a_bound():
+    assert parse(CHAT, nested(64))
+    with pytest.raises(BadRequest, match="nested too deeply: 64"):
+        parse(CHAT, nested(65))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"a":' + b"[" * 100_000,
+        b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b"{" + b",".join(b'"%d":1' % number for number in range(200_000)) + b"}",
+        b'{"a":[' + b"[]," * 200_000 + b"[]]}",
+        b'{"a":' + b"1" * 1_000_000 + b"}",
+    ],
+    ids=["open", "deep", "members", "arrays", "digits"],
+)
+def test_what_would_take_long_to_read_is_refused_unread(body):
+    with pytest.raises(BadRequest):
+        parse(CHAT, body)
+
+
+def test_brackets_and_colons_in_a_text_are_no_structure():
+    text = 'a "quoted" \\ [{: ' * 20_000
+    assert parsed(messages=[{"role": "user", "content": text}])
+
+
+@pytest.mark.parametrize(
+    ("body", "place"),
+    [
+        (b'{"model": "m",\n "messages": NaN}', "line 2, column 14"),
+        (b'{"model": "m",\n "a": -Infinity}', "line 2, column 8"),
+        (b'\xef\xbb\xbf{"model": "m"}', "line 1, column 1"),
+        ('{"model": "m"}'.encode("utf-16"), "line 1, column 1"),
+        (b'{"model": "m", "messages": [', "line 1, column 29"),
+        (b'{"model": "m", "a": "\xff"}', "line 1, column 1"),
+        (b'{"a": [' + b"{}," * 100 + b"}", "line 1, column 308"),
+    ],
+)
+def test_what_is_no_json_is_told_with_its_place(body, place):
+    with pytest.raises(BadRequest, match=place) as caught:
+        parse(CHAT, body)
+    assert "\ufffd" not in caught.value.message
+
+
+def test_two_models_are_one_too_many():
+    twice = b'{"model": "a", "messages": [{"role": "user", "content": ""}], "model": "b"}'
+    with pytest.raises(BadRequest, match="twice") as caught:
+        parse(CHAT, twice)
+    assert caught.value.param == "model"
+    inside = {"type": "object", "properties": {"model": {"model": "model"}}}
+    assert parsed(tools=[{"type": "function", "function": {"name": "f", "parameters": inside}}])
 
 
 def test_null_means_left_out():

@@ -189,11 +189,11 @@ async def test_only_what_is_meant_for_a_worker_reaches_it(open_room: OpenRoom):
             messages=MESSAGES,
             temperature=0.5,
             extra_headers={"Authorization": "Bearer secret", "Cookie": "a=b", "X-Forwarded-For": "1.2.3.4"},
-            extra_body={"draft_model": "evil", "chat_template": "{{ x }}"},
+            extra_body={"draft_model": "evil", "chat_parser": "{{ x }}"},
         )
         (request,) = engine.requests
         assert request.body["temperature"] == 0.5
-        assert not {"draft_model", "chat_template"} & set(request.body)
+        assert not {"draft_model", "chat_parser"} & set(request.body)
         assert not {"authorization", "cookie", "x-forwarded-for"} & set(request.headers)
 
 

@@ -164,6 +164,41 @@ async def test_no_prompt_and_no_answer_is_logged_or_measured(open_room: OpenRoom
     assert not any(canary in record.getMessage() for record in ours)
 
 
+@pytest.mark.parametrize("hot_path", [True, False], ids=["hot", "aiohttp"])
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+async def test_both_servers_give_the_same_answer(open_room: OpenRoom, hot_path: bool, stream: bool):
+    async with FakeEngine() as engine, open_room(engine, hot_path=hot_path) as room:
+        for _ in range(3):
+            asking = room.http.post(room.url + CHAT, json=BODY | {"stream": stream})
+            async with asking as response:
+                data = await response.read()
+                assert (response.status, response.headers["X-Balancer-Worker"]) == (200, "a")
+                assert response.headers["Date"].endswith("GMT")
+                if stream:
+                    assert response.content_type == "text/event-stream"
+                    assert data.endswith(b"data: [DONE]\n\n")
+                else:
+                    assert json.loads(data)["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("hot_path", [True, False], ids=["hot", "aiohttp"])
+async def test_names_and_pages_that_are_listed_are_served(open_room: OpenRoom, hot_path: bool):
+    settings = {"allow_hosts": ["llm.lab.org"], "allow_origins": ["https://chat.lab.org"]}
+    async with FakeEngine() as engine, open_room(engine, hot_path=hot_path, **settings) as room:
+        headers = {"Host": "llm.lab.org:4000", "Origin": "https://chat.lab.org"}
+        async with room.http.post(room.url + CHAT, json=BODY, headers=headers) as response:
+            assert response.status == 200
+        data = json.dumps(BODY).encode()
+        status, error = await post(room, data, JSON | {"Host": "other.lab.org"})
+        assert (status, error["code"], "allow_hosts" in error["message"]) == (421, "host_not_allowed", True)
+        status, error = await post(room, data, JSON | {"Origin": "https://evil.test"})
+        assert (status, error["code"], "allow_origins" in error["message"]) == (
+            403,
+            "origin_not_allowed",
+            True,
+        )
+
+
 async def test_before_it_stops_it_finishes_what_is_under_way_and_takes_nothing_new(open_room: OpenRoom):
     async with FakeEngine() as engine, open_room(engine) as room:
         engine.script(Fault.stall(at_token=3))
@@ -197,7 +232,7 @@ async def test_asked_to_hurry_it_waits_for_nothing(open_room: OpenRoom):
 
 
 async def test_more_than_can_be_held_at_once_is_refused(open_room: OpenRoom, monkeypatch):
-    monkeypatch.setattr(app, "FrontPolicy", functools.partial(app.FrontPolicy, max_held_bytes=300))
+    monkeypatch.setattr(app, "InferencePolicy", functools.partial(app.InferencePolicy, max_held_bytes=300))
     async with FakeEngine() as engine, open_room(engine) as room:
         engine.script(Fault.stall(at_token=0))
         first = asyncio.ensure_future(room.openai.chat.completions.create(**BODY))
@@ -209,9 +244,9 @@ async def test_more_than_can_be_held_at_once_is_refused(open_room: OpenRoom, mon
         await first
 
 
-async def test_a_body_that_does_not_come_is_not_waited_for_forever(open_room: OpenRoom, monkeypatch):
-    monkeypatch.setattr(app, "FrontPolicy", functools.partial(app.FrontPolicy, body_seconds=0.2))
-    async with FakeEngine() as engine, open_room(engine) as room:
+@pytest.mark.parametrize("hot_path", [True, False], ids=["hot", "aiohttp"])
+async def test_a_body_that_does_not_come_is_not_waited_for_forever(open_room: OpenRoom, hot_path: bool):
+    async with FakeEngine() as engine, open_room(engine, body_timeout=0.2, hot_path=hot_path) as room:
         reader, writer = await asyncio.open_connection("127.0.0.1", room.balancer.port)
         head = ("POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json")
         writer.write("\r\n".join([*head, "Content-Length: 9", "", "{"]).encode())
