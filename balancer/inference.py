@@ -266,10 +266,14 @@ class _Delivery:
             self._begin(_answered_by(self._story, 1))
         self._client.write(data)
 
-    def comes_from(self, exchange: Holdable | None) -> None:
+    def comes_from(self, exchange: Holdable) -> None:
         self._exchange = exchange
-        if exchange is not None and self._behind:
+        if self._behind:
             exchange.pause()
+
+    def let_go(self, exchange: Holdable) -> None:
+        if self._exchange is exchange:
+            self._exchange = None
 
     def close(self) -> None:
         if self._comments is not None:

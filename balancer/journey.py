@@ -106,8 +106,8 @@ class Story:
     """As this worker calls it."""
     queue_seconds: float = 0.0
     warm_ups: int = 0
-    continued: int = 0
-    """How often a streamed answer went on at another worker."""
+    stream: Stream | None = None
+    """Of an answer that is streamed."""
     waits: Ticket | None = None
     """Its number in line, while it stands there."""
 
@@ -226,7 +226,7 @@ class Journey:
         return f"prefilling worker={story.worker.id}" if story.worker is not None else "waiting"
 
     async def _answer(self, request: Request, story: Story, delivery: Delivery | None) -> bytes | None:
-        stream = None if delivery is None else Stream(delivery, self._to_keep(request))
+        stream = story.stream = None if delivery is None else Stream(delivery, self._to_keep(request))
         call: _Call | None = None
         try:
             async with asyncio.timeout(None) as limit:
@@ -294,9 +294,8 @@ class Journey:
                 stream.delivery.send(event(data))
             stream.delivery.send(event(DONE))
             return False
-        if call.story.continued >= continuation.MAX_CONTINUATIONS:
-            raise _broken(outcome, f"it was continued {call.story.continued} times already")
-        call.story.continued += 1
+        if stream.continued >= continuation.MAX_CONTINUATIONS:
+            raise _broken(outcome, f"it was continued {stream.continued} times already")
         stream.seam = Seam(call.request, kept)
         stream.prefilled = kept.worth
         call.sends = continuation.continuation(call.request, kept)
@@ -458,7 +457,8 @@ class Journey:
         call.story.attempts.append(attempt)
         if outcome.cause is not None:
             if outcome.cause is not Cause.OUTRUN:
-                call.failed.append(Tried(lease.worker.id, outcome.cause))
+                continues = call.stream is not None and call.stream.seam is not None
+                call.failed.append(Tried(lease.worker.id, outcome.cause, progress.tokens, continues))
             log.info(
                 "request %s: attempt %d on %s ended, %s%s",
                 *(call.story.request_id, len(call.story.attempts), attempt.worker_id, attempt.cause),
@@ -479,7 +479,7 @@ class Journey:
             error=error,
             service_class=story.service_class,
             warm_ups=story.warm_ups,
-            continued=story.continued,
+            continued=story.stream.continued if story.stream is not None else 0,
         )
         for observe in self._observers:
             observe(served)

@@ -87,6 +87,11 @@ class Answer(Protocol):
         """That have come until now."""
         ...
 
+    @property
+    def held(self) -> bool:
+        """It does not grow since its reader is slow."""
+        ...
+
 
 @dataclass(slots=True, eq=False)
 class Lease:
@@ -357,7 +362,10 @@ class Leases:
         if self._ticked - before > STOOD_STILL_SECONDS:
             return  # what came meanwhile is yet to be read: nobody was silent but we
         grown = ((ticket, lease.grown()) for ticket, lease in self._held.items())
-        self.tell(Tick({ticket: tokens for ticket, tokens in grown if tokens is not None}))
+        held = frozenset(
+            ticket for ticket, lease in self._held.items() if lease.answer is not None and lease.answer.held
+        )
+        self.tell(Tick({ticket: tokens for ticket, tokens in grown if tokens is not None}, held))
 
     def standing(self, ticket: Ticket) -> Standing | None:
         """How it stands with an ask that waits; None: it does not wait (any more)."""

@@ -86,4 +86,8 @@ def set_up(level: str) -> None:
     # It warns, with a traceback, of each interface on which it cannot listen; whether it can listen at all
     # is said by `discovery`.
     logging.getLogger("zeroconf").setLevel(logging.ERROR)
+    # Of each line's origin nothing is shown, so nothing of it is looked up (logging's own way to say so).
+    logging._srcfile = ""
+    for looked_up in ("logThreads", "logProcesses", "logMultiprocessing", "logAsyncioTasks"):
+        setattr(logging, looked_up, False)
     logging.basicConfig(level=level, handlers=[lines], force=True)

@@ -84,8 +84,12 @@ class Delivery(Protocol):
         """A piece of the answer."""
         ...
 
-    def comes_from(self, exchange: Exchange | None, /) -> None:
-        """Whom to hold up while the client reads slower than its worker writes; None: nobody."""
+    def comes_from(self, exchange: Exchange, /) -> None:
+        """Whom to hold up while the client reads slower than its worker writes, from now on."""
+        ...
+
+    def let_go(self, exchange: Exchange, /) -> None:
+        """It is over; its connection may serve others."""
         ...
 
 
@@ -100,6 +104,8 @@ class Stream:
     """Set when it is to be gone on with."""
     prefilled: bool = False
     """Its request ends with what has come; else there was nothing worth it."""
+    continued: int = 0
+    """How often it has gone on elsewhere."""
     begun: bool = False
     """Something of the answer was sent: it cannot start over."""
 
@@ -146,6 +152,12 @@ class Progress:
     tokens: int = 0
     """Of the answer until now."""
     usage: Usage = field(default_factory=Usage)
+    exchange: Exchange | None = None
+
+    @property
+    def held(self) -> bool:
+        """Nothing comes since nothing is read: the client reads more slowly than the worker writes."""
+        return self.exchange is not None and self.exchange.paused
 
     def first(self, now: float) -> bool:
         """A token has come; only the first matters. False: this attempt is over."""
@@ -263,7 +275,8 @@ class Relay:
             try:
                 exchange = await self._upstream.post(address, head, body, listener, fresh=fresh)
             except Unreachable as error:
-                raise Failed(Cause.UNREACHABLE, str(error)) from error
+                # Of a worker that hung up on the request a moment ago it is the end of an engine.
+                raise Failed(Cause.BROKE if fresh else Cause.UNREACHABLE, str(error)) from error
             try:
                 return await listener.answer(exchange)
             except Stale as error:
@@ -407,6 +420,7 @@ class _HandedOn:
                     raise Failed(Cause.OUTRUN, "another worker answered first")
                 self._begun = stream.begun = True
                 if self._seam is not None:
+                    stream.continued += 1
                     data = marker() + data
             stream.delivery.send(data)
             if self._seam is None and stream.kept is not None:
@@ -457,10 +471,7 @@ class _Listener:
     async def answer(self, exchange: Exchange) -> bytes | None:
         """The answer in one piece; None: it was handed on. Raises `Failed` and `Stale`. Cancelled, it ends
         the exchange at once."""
-        self._exchange = exchange
-        delivery = self._stream.delivery if self._stream is not None else None
-        if delivery is not None:
-            delivery.comes_from(exchange)
+        self._exchange = self._progress.exchange = exchange
         try:
             answer = await self._done
         except BaseException:
@@ -469,8 +480,9 @@ class _Listener:
         finally:
             if self._patience is not None:
                 self._patience.cancel()
-            if delivery is not None:
-                delivery.comes_from(None)
+            self._progress.exchange = None
+            if self._stream is not None:
+                self._stream.delivery.let_go(exchange)
         exchange.leave()
         return answer
 
@@ -510,8 +522,16 @@ class _Listener:
             return
         if isinstance(error, Stale):
             self._done.set_exception(error)
+        elif self._is_whole:
+            self.end()  # however its connection ended
         else:
             self._fail(Failed(Cause.BROKE, str(error)))
+
+    @property
+    def _is_whole(self) -> bool:
+        """All of the answer has come, if not all that HTTP wants after it."""
+        taker = self._taker
+        return taker is not None and taker.reader is not None and taker.reader.is_whole
 
     # What follows
 
@@ -524,7 +544,11 @@ class _Listener:
     def _begins(self) -> bool:
         self._heard = self._clock()
         self._watch()
-        return self._progress.first(self._heard)
+        if not self._progress.first(self._heard):
+            return False
+        if self._stream is not None and self._exchange is not None:
+            self._stream.delivery.comes_from(self._exchange)
+        return True
 
     def _finish(self, taker: _Taker) -> None:
         answer = taker.result()
@@ -554,10 +578,12 @@ class _Listener:
             self._heard = self._clock() - self._read_seconds + SECOND_CHANCE_SECONDS  # the loop stood still
         if self._exchange is not None and self._exchange.paused:
             self._heard = self._clock()  # the reader's own time does not count as the worker's
-        if self._clock() - self._heard >= self._read_seconds:
-            self._fail(Failed(Cause.SILENT, f"nothing came for {self._read_seconds:g} s"))
-        else:
+        if self._clock() - self._heard < self._read_seconds:
             self._watch()
+        elif self._is_whole:
+            self.end()
+        else:
+            self._fail(Failed(Cause.SILENT, f"nothing came for {self._read_seconds:g} s"))
 
 
 def _as_failure(error: Exception) -> Failed:

@@ -28,6 +28,9 @@ IDLE_SECONDS = 15.0
 """An agent keeps idle connections for 75 s; ours are given up long before, so that a request does not meet
 a connection that is being closed."""
 DISTRUST_SECONDS = 60.0
+STALE_SECONDS = 0.5
+"""A connection that was about to be closed when the request was written shows it within a way there and back;
+who closes it later has read the request."""
 MAX_IDLE = 256
 """Connections that are kept for one address."""
 REST_SECONDS = 1.0
@@ -121,6 +124,7 @@ class Exchange(asyncio.Protocol):
         self._keeps = False
         self._heard = False
         self._served = 0
+        self._sent_at = 0.0
         self._resting: asyncio.TimerHandle | None = None
         self.idle_since = 0.0
         self.paused = False
@@ -173,6 +177,7 @@ class Exchange(asyncio.Protocol):
         else:
             transport.writelines((request, body))
         self._served += 1
+        self._sent_at = asyncio.get_running_loop().time()
 
     # What the connection tells
 
@@ -210,7 +215,7 @@ class Exchange(asyncio.Protocol):
             return
         if exc is None and self._status and not self._by_length:
             self._end()
-        elif not self._heard and self._served > 1:
+        elif not self._heard and self._served > 1 and self._age() < STALE_SECONDS:
             self._pool.distrust()
             self._fail(Stale("the connection was closed meanwhile"))
         else:
@@ -258,6 +263,9 @@ class Exchange(asyncio.Protocol):
 
     # Ends
 
+    def _age(self) -> float:
+        return asyncio.get_running_loop().time() - self._sent_at
+
     def _end(self) -> None:
         self._whole = True
         listener = self._listener
@@ -276,6 +284,8 @@ class Exchange(asyncio.Protocol):
             self._resting = None
         self._parser = None
         if self._keeps and self.is_open:
+            if self.paused:  # by a client that was slow to the end
+                self.resume()
             self._pool.keep(self)
         else:
             self._drop()
@@ -381,14 +391,15 @@ class Upstream:
         return exchange
 
     async def listens(self, address: Address, seconds: float) -> bool:
-        """Whether somebody takes connections there; True if it cannot be said in time."""
+        """Whether somebody may take connections there. False only where the machine itself says that nobody
+        does."""
         try:
             async with asyncio.timeout(seconds):
                 exchange = await self._pool(address).connect()
-        except TimeoutError:
-            return True
-        except OSError:
+        except ConnectionRefusedError:
             return False
+        except OSError:  # a TimeoutError too
+            return True
         exchange.abort()
         return True
 

@@ -168,7 +168,8 @@ class Exchange:
             self.abandoned = False
             if self._stopped is not None:
                 raise self._refusal() from None
-            raise Refused(502, ENGINE_DIED.code, ENGINE_DIED.message, 1) from None
+            fault = await self._why_it_ended()
+            raise Refused(502, fault.code, fault.message, 1) from None
 
     async def _hand_on_events(self, answer: aiohttp.ClientResponse) -> web.StreamResponse:
         response = self._response(answer)
@@ -196,12 +197,11 @@ class Exchange:
     ) -> Fault | None:
         """Hands on events to the end of the answer; says why, if that is not its own end."""
         seen, received = 0, 0
-        broke = False
         while not gate.over:
             try:
                 chunk = await answer.content.readany()
             except aiohttp.ClientError:
-                chunk, broke = b"", True
+                break
             if not chunk:
                 break
             received += len(chunk)
@@ -222,11 +222,11 @@ class Exchange:
             if missing:
                 await self._write(response, missing)
             return None
-        return self._stopped or await self._why_it_ended(broke)
+        return self._stopped or await self._why_it_ended()
 
-    async def _why_it_ended(self, broke: bool) -> Fault:
-        """A broken connection, or the end of one that needs no other end: the process may be gone."""
-        return ENGINE_DIED if broke or await self._attendant.is_gone(self.serving) else STREAM_INCOMPLETE
+    async def _why_it_ended(self) -> Fault:
+        """An engine that died is held against the request; one that broke off and lives is not."""
+        return ENGINE_DIED if await self._attendant.is_gone(self.serving) else STREAM_INCOMPLETE
 
     async def _hand_on_bytes(self, answer: aiohttp.ClientResponse) -> web.StreamResponse:
         """An answer in one piece, or the engine's own refusal."""

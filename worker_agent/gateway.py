@@ -28,6 +28,7 @@ from worker_agent.sources import Sources
 from worker_agent.watch import Backend, EngineWatch, WatchPolicy
 from worker_agent.wire import EngineState, Report
 
+_ENGINE_IDLE_SECONDS = 2.0  # vLLM closes an idle connection after 5: never meet one that it is closing
 _CHAT_PATH, _COMPLETIONS_PATH, _ = wire.INFERENCE_PATHS
 _THREAD_FROM_BYTES = 1024 * 1024  # parsing so much would hold up every stream for some 10 ms
 _STOPPING = Fault("stopping", "this machine is about to stop: ask again")
@@ -268,7 +269,10 @@ class Gateway:
 
     async def _with_session(self, _app: web.Application) -> AsyncIterator[None]:
         # No proxy from the environment (trust_env is off), no cookies; slots bound the connections already.
-        connector = aiohttp.TCPConnector(limit=0, force_close=not self._engine.plan.spec.keep_alive)
+        keeps = self._engine.plan.spec.keep_alive
+        connector = aiohttp.TCPConnector(
+            limit=0, force_close=not keeps, keepalive_timeout=_ENGINE_IDLE_SECONDS if keeps else None
+        )
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._policy.connect_seconds)
         async with aiohttp.ClientSession(
             connector=connector, cookie_jar=aiohttp.DummyCookieJar(), timeout=timeout, auto_decompress=False

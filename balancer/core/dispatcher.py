@@ -8,7 +8,7 @@ and every ticket that arrived is granted or refused once, and ends.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from itertools import count, islice
@@ -169,6 +169,8 @@ class Dispatcher:
         self._batch_waits_since: float | None = None
         self._next_place = -inf
         """When there will be a place in line for the next one that is turned away."""
+        self._were_held: Set[Ticket] = frozenset()
+        """Tickets whose answers did not grow, at the last tick, since their readers are slow."""
         self._in_the_way: list[Ticket] = []
         """Measurements that somebody's request would have to wait for."""
         self._waits: dict[tuple[Service, str | None], tuple[float, float]] = {}
@@ -193,8 +195,8 @@ class Dispatcher:
                 return self._arrived(ticket, ask, now)
             case Reported(worker_id, condition):
                 return self._reported(worker_id, condition, now)
-            case Tick(received):
-                return self._tick(received, now)
+            case Tick(received, held):
+                return self._tick(received, held, now)
             case Seen(worker):
                 self._fleet.seen(worker)
                 return self._place(None, now)
@@ -358,10 +360,11 @@ class Dispatcher:
             return commands + self._refuse_hopeless(now) + self._place(None, now)
         return commands + (self._place([member], now) if member.room > room else [])
 
-    def _tick(self, received: Mapping[Ticket, int], now: float) -> list[Command]:
+    def _tick(self, received: Mapping[Ticket, int], held: Set[Ticket], now: float) -> list[Command]:
         for ticket, tokens in received.items():
             if (flight := self._flights.get(ticket)) is not None:
                 learning.grown(flight, tokens, now)
+        self._note_held(held, now)
         self._batch.tidy(now)
         self._forget_stale(now)
         commands: list[Command] = []
@@ -375,16 +378,31 @@ class Dispatcher:
             commands += self._hedge_late(self._hedge, now)
         return commands
 
+    def _note_held(self, held: Set[Ticket], now: float) -> None:
+        """Of a flight that is held nothing is expected; from its end on its worker's silence counts anew."""
+        for ticket in self._were_held - held:
+            if (flight := self._flights.get(ticket)) is not None:
+                flight.held = False
+                flight.member.last_byte = now
+        for ticket in held:
+            if (flight := self._flights.get(ticket)) is not None:
+                flight.held = True
+        self._were_held = held
+
     def _silent(self, member: Member, now: float) -> list[Command]:
         """Whether an engine is stuck: it has requests, and for much too long has said nothing on any."""
         if not member.running or member.lost is not None:
             return []
-        first = next(iter(member.running.values()))
+        running = [one for one in member.running.values() if not one.held]
+        if not running:
+            return []
+        first = running[0]
+        begun = any(one.first is not None for one in running)
         speeds = member.speeds_of(first.offer)
-        longest = max((one.uncached for one in member.pending.values()), default=0.0)
+        longest = max((one.uncached for one in running if one.first is None), default=0.0)
         chunk = min(longest, learning.PREFILL_CHUNK_TOKENS) / speeds.prefill_tokens_per_second
         quiet = now - max(member.last_byte, first.sent)
-        if len(member.pending) < len(member.running):
+        if begun:
             stuck = quiet > SILENT_SECONDS + 3 * chunk
         else:
             known = speeds.answers > 0  # of its speed nothing is known before: only the whole time limits it

@@ -102,6 +102,8 @@ class Flight:
     tokens: int = 0
     """That have come until `grew`."""
     grew: float = 0.0
+    held: bool = False
+    """It does not grow since its reader is slow."""
     hedged: bool = False
     """It was late with its first token, and was given a second worker."""
 

@@ -308,6 +308,8 @@ class Tick:
 
     received: Mapping[Ticket, int] = field(default_factory=dict)
     """Tokens that have come until now, of tickets whose answer has grown since the last tick."""
+    held: frozenset[Ticket] = frozenset()
+    """Those whose answer does not grow since its reader is slow: that is not its worker's silence."""
 
 
 Event = Arrived | Began | Ended | Seen | Gone | Reported | Lost | Draining | Tick

@@ -66,6 +66,9 @@ MAX_BUSY = 20
 """Tries that may end with a worker saying that it has no room. They cost nobody anything and are no failures;
 in line the request would have waited as long."""
 
+SAME_PLACE_TOKENS = 8
+"""How far apart two tries at one request may have got for it to be the same place."""
+
 MAX_CRASHES = 2
 """Engines that one request may be the last of: a prompt that kills them must not go through the room, one
 after the other (RELIABILITY S3)."""
@@ -84,6 +87,10 @@ class Tried:
 
     worker_id: WorkerId
     cause: Cause
+    tokens: int = 0
+    """Of the answer, that had come from this worker."""
+    continues: bool = False
+    """It was to go on with what others had begun."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +100,16 @@ class Again:
 
 
 def is_poison(tried: Sequence[Tried]) -> bool:
-    """As many engines have died over this request as may."""
-    return sum(attempt.cause is Cause.CRASHED for attempt in tried) >= MAX_CRASHES
+    """As many engines have died over this request as may, and of the same. Two that ended at different places
+    of a long answer were rather stopped, or restarted: a prompt that kills does it while it is read, or where
+    it did before."""
+    crashed = [attempt for attempt in tried if attempt.cause is Cause.CRASHED]
+    if len(crashed) < MAX_CRASHES:
+        return False
+    *before, last = crashed
+    if not last.tokens:
+        return True
+    return not last.continues and any(abs(one.tokens - last.tokens) <= SAME_PLACE_TOKENS for one in before)
 
 
 def after(policy: RetryPolicy, tried: Sequence[Tried], chance: float) -> Again | None:

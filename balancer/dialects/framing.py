@@ -67,4 +67,6 @@ def _is_whole(line: bytes) -> bool:
 
 def event(data: bytes) -> bytes:
     """One event as it goes over the wire."""
+    if b"\n" in data:
+        data = data.replace(b"\n", b"\ndata: ")
     return b"data: " + data + b"\n\n"

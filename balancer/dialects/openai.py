@@ -649,6 +649,9 @@ def parse_whole(body: bytes, model: str) -> tuple[Json, Usage]:
         raise AnswerError("its answer is not JSON") from None
     if not isinstance(answer, dict) or not ("choices" in answer or "data" in answer):
         raise reported_error(body)
+    parts = answer.get("choices", answer.get("data"))
+    if not OBJECTS.holds(parts) or not parts:
+        raise AnswerError("its answer holds nothing")
     return answer | {"model": model}, read_usage(answer)
 
 

@@ -1,4 +1,5 @@
-"""Engines as data: MLX and vLLM are never run here, so their command lines are held word by word."""
+"""Engines as data. MLX and vLLM run in `tests/engines` only, where somebody has them: their command lines are
+held word by word."""
 
 from __future__ import annotations
 
@@ -111,6 +112,23 @@ def test_vllm_tells_its_kv_cache_on_its_metrics_page() -> None:
     assert VLLM.read_capacity(LAUNCH, 32768, VLLM_METRICS) == Capacity(
         memory_tokens=tokens, cache_tokens=tokens
     )
+
+
+RECORDED_VLLM_METRICS = """\
+vllm:cache_config_info{_block_size_resolved="True",block_size="128",cache_dtype="auto",\
+effective_attention_block_size="128",enable_prefix_caching="True",engine="0",gpu_memory_utilization="0.92",\
+kv_cache_max_concurrency="5.6875",kv_cache_memory_bytes="1073741824",kv_cache_size_tokens="46592",\
+num_cpu_blocks="None",num_gpu_blocks="364",num_gpu_blocks_override="None"} 1.0
+"""
+"""By vLLM 0.32; some of its labels left out."""
+
+
+def test_vllm_counts_the_tokens_itself_where_it_is_new_enough() -> None:
+    page = RECORDED_VLLM_METRICS
+    assert VLLM.read_capacity(LAUNCH, 8192, page).memory_tokens == 364 * 128 == 46592
+    # Sliding windows beside full attention: the same blocks hold more tokens.
+    of_unlike_layers = page.replace('kv_cache_size_tokens="46592"', 'kv_cache_size_tokens="80000"')
+    assert VLLM.read_capacity(LAUNCH, 8192, of_unlike_layers).memory_tokens == 80000
 
 
 @pytest.mark.parametrize(

@@ -234,16 +234,13 @@ async def _read(scene: Scene, user: str) -> bytes:
         return await answer.read()
 
 
-@pytest.mark.parametrize(
-    ("fault", "code"), [("break", "engine_died"), ("torn", "engine_died"), ("no end", "stream_incomplete")]
-)
-async def test_half_an_answer_ends_with_an_error_instead_of_its_end_mark(
-    scene: Scene, fault: str, code: str
-) -> None:
+@pytest.mark.parametrize("fault", ["break", "torn", "no end"])
+async def test_half_an_answer_ends_with_an_error_instead_of_its_end_mark(scene: Scene, fault: str) -> None:
+    """The engine lives: it has not died of the request."""
     async with scene.ask(fault) as answer:
         word, _, error = (await answer.read()).partition(b"\n\n")
     assert word + b"\n\n" == WORD
-    assert error_in(error)["code"] == code
+    assert error_in(error)["code"] == "stream_incomplete"
     await until(lambda: scene.gateway.running == 0)
 
 
@@ -308,7 +305,7 @@ async def test_the_engines_own_refusal_passes_through(scene: Scene) -> None:
 
 @pytest.mark.parametrize(
     ("user", "code"),
-    [("unauthorized", "engine_refused"), ("redirect", "engine_refused"), ("die", "engine_died")],
+    [("unauthorized", "engine_refused"), ("redirect", "engine_refused"), ("die", "stream_incomplete")],
 )
 async def test_what_is_between_the_engine_and_us_is_a_502(scene: Scene, user: str, code: str) -> None:
     async with scene.ask(user) as answer:

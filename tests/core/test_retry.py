@@ -46,6 +46,18 @@ def test_no_retries_where_they_are_switched_off():
     assert after(RetryPolicy(max_retries=0), tried(Cause.BROKE), chance=0.5) is None
 
 
+def test_engines_that_end_in_the_middle_of_an_answer_were_rather_restarted():
+    begun = Tried(WorkerId("a"), Cause.CRASHED, tokens=40)
+    assert not is_poison([begun, Tried(WorkerId("b"), Cause.CRASHED, tokens=3, continues=True)])
+    assert not is_poison([begun, Tried(WorkerId("b"), Cause.CRASHED, tokens=80)])
+
+
+def test_what_kills_where_it_did_before_is_poison():
+    begun = Tried(WorkerId("a"), Cause.CRASHED, tokens=40)
+    assert is_poison([begun, Tried(WorkerId("b"), Cause.CRASHED, tokens=42)])
+    assert is_poison([begun, Tried(WorkerId("b"), Cause.CRASHED, tokens=0, continues=True)])
+
+
 def test_who_is_told_that_there_is_no_room_comes_back_more_often():
     assert after(POLICY, tried(*[Cause.BUSY] * MAX_BUSY), chance=0.5) is not None
     assert after(POLICY, tried(*[Cause.BUSY] * (MAX_BUSY + 1)), chance=0.5) is None
@@ -102,4 +114,5 @@ def test_no_request_is_the_last_of_more_engines_than_may_be(causes, max_retries)
         if after(RetryPolicy(max_retries=max_retries), history, chance=0.5) is None:
             break
     assert sum(one.cause is Cause.CRASHED for one in history) <= MAX_CRASHES
-    assert len(history) <= max_retries + 1
+    assert sum(one.cause is not Cause.BUSY for one in history) <= max_retries + 1
+    assert len(history) <= max_retries + 1 + MAX_BUSY

@@ -460,17 +460,17 @@ def test_a_text_is_the_same_however_it_was_cut(text, places):
 
 
 def test_an_answer_in_one_piece_gets_its_public_name():
-    answer, usage = parse_whole(b'{"model": "/x", "data": [], "usage": {"prompt_tokens": 7}}', "public")
+    answer, usage = parse_whole(b'{"model": "/x", "data": [{}], "usage": {"prompt_tokens": 7}}', "public")
     assert (answer["model"], usage.prompt_tokens) == ("public", 7)
 
 
 @pytest.mark.parametrize("count", [-1, 10**12, "5", True, None])
 def test_absurd_counts_are_not_believed(count):
-    body = json.dumps({"choices": [], "usage": {"completion_tokens": count}}).encode()
+    body = json.dumps({"choices": [{}], "usage": {"completion_tokens": count}}).encode()
     assert parse_whole(body, "m")[1].output_tokens is None
 
 
-@pytest.mark.parametrize("body", [b"", b"<html>", b"{}", b'{"error": "x"}', b"[]"])
+@pytest.mark.parametrize("body", [b"", b"<html>", b"{}", b'{"error": "x"}', b"[]", b'{"choices": []}'])
 def test_what_is_no_answer_is_an_error(body):
     with pytest.raises(AnswerError):
         parse_whole(body, "m")

@@ -25,7 +25,9 @@ def _capacity(_launch: Launch, _context_tokens: int | None, metrics: str) -> Cap
     found = _CACHE.search(metrics)
     # A count that it does not have yet is the text "None".
     labels = dict(re.findall(r'(\w+)="(\d{1,12})"', found[1])) if found else {}
-    tokens = int(labels.get("num_gpu_blocks", 0)) * int(labels.get("block_size", 0))
+    # Where layers differ, a block is not so many tokens of all of them: newer versions count themselves.
+    blocks = int(labels.get("num_gpu_blocks", 0)) * int(labels.get("block_size", 0))
+    tokens = int(labels.get("kv_cache_size_tokens", blocks))
     return Capacity(memory_tokens=positive(tokens), cache_tokens=positive(tokens))
 
 
