@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import cast
 
 import orjson
 from aiohttp import web
@@ -270,16 +272,29 @@ class _Client:
             await response.prepare(self._request)
         data = b"".join(self._pieces)
         self._pieces.clear()
-        try:
-            async with asyncio.timeout(self._slow_reader_seconds):
-                await response.write(data)
-        except TimeoutError:
-            if self._request.transport is not None:
-                self._request.transport.abort()
-            raise asyncio.CancelledError from None
+        await self._written(response, data)
         self._bytes -= len(data)
         if self._bytes <= HIGH_WATER_BYTES:
             self._resume()
+
+    async def _written(self, response: web.StreamResponse, data: bytes) -> None:
+        """Waits for the client to read, as long as it does read."""
+        transport = cast(asyncio.WriteTransport | None, self._request.transport)
+        if transport is None or (len(data) <= HIGH_WATER_BYTES and not transport.get_write_buffer_size()):
+            await response.write(data)  # nearly always: nothing waits to be read
+            return
+        writing = asyncio.ensure_future(response.write(data))
+        unread = math.inf
+        try:
+            while not (await asyncio.wait({writing}, timeout=self._slow_reader_seconds))[0]:
+                left = transport.get_write_buffer_size()
+                if left >= unread:
+                    transport.abort()
+                    raise asyncio.CancelledError
+                unread = left
+            await writing
+        finally:
+            writing.cancel()
 
 
 def _headers(request: web.Request) -> Mapping[str, str]:

@@ -116,6 +116,7 @@ class HotConnection(asyncio.Protocol):
         "_paused_reading",
         "_pending",
         "_pieces",
+        "_read_at_last",
         "_remote",
         "_resume",
         "_server",
@@ -124,6 +125,7 @@ class HotConnection(asyncio.Protocol):
         "_timer",
         "_transport",
         "_whole",
+        "_written",
     )
 
     def __init__(self, server: HttpServer) -> None:
@@ -151,6 +153,9 @@ class HotConnection(asyncio.Protocol):
         self._left = 0
         """Bytes of a body of known length that are still to be written."""
         self._behind = False
+        self._written = 0
+        self._read_at_last = 0
+        """Bytes that the client had taken when that was last looked at."""
         self._pause: Callable[[], None] | None = None
         self._resume: Callable[[], None] | None = None
         self._deadline = FOREVER
@@ -372,6 +377,7 @@ class HotConnection(asyncio.Protocol):
             if self._head:
                 data = self._head + data
         self._head = b""
+        self._written += len(data)
         self._transport.write(data)
 
     def end(self) -> None:
@@ -395,6 +401,7 @@ class HotConnection(asyncio.Protocol):
     def pause_writing(self) -> None:
         self._behind = True
         if self._state is _State.ANSWER:
+            self._read_at_last = self._written - self._transport.get_write_buffer_size()
             self._due(self._server.policy.slow_reader_seconds)
             if self._pause is not None:
                 self._pause()
@@ -466,8 +473,16 @@ class HotConnection(asyncio.Protocol):
             self._close()
         elif self._state is _State.BODY:
             self._body_is_late()
+        elif self._state is _State.ANSWER and self._reads_on():
+            self._due(self._server.policy.slow_reader_seconds)
         else:
             self._transport.abort()
+
+    def _reads_on(self) -> bool:
+        """The client is slow, and has read something since that was last looked at."""
+        before = self._read_at_last
+        self._read_at_last = self._written - self._transport.get_write_buffer_size()
+        return self._read_at_last > before
 
     def _body_is_late(self) -> None:
         assert self._admitted is not None

@@ -255,8 +255,7 @@ class _Delivery:
         self.open = False
         """The head was sent."""
         self._comments: asyncio.TimerHandle | None = None
-        if comment_seconds:
-            self._comments = asyncio.get_running_loop().call_later(comment_seconds, self._comment)
+        self._wait()
 
     def send(self, data: bytes) -> None:
         if self._comments is not None:
@@ -274,6 +273,11 @@ class _Delivery:
     def let_go(self, exchange: Holdable) -> None:
         if self._exchange is exchange:
             self._exchange = None
+            self._wait()  # for whoever goes on, if it is to go on
+
+    def _wait(self) -> None:
+        if self._comment_seconds and self._comments is None:
+            self._comments = asyncio.get_running_loop().call_later(self._comment_seconds, self._comment)
 
     def close(self) -> None:
         if self._comments is not None:

@@ -66,10 +66,6 @@ LARGE_BODY_BYTES = 1024 * 1024
 """To shorten so long a request takes about 10 ms."""
 
 
-class ClientLeft(Exception):
-    """The client's connection is gone; nobody is there to be told."""
-
-
 @dataclass(frozen=True, slots=True)
 class JourneyPolicy:
     retry: RetryPolicy = field(default_factory=RetryPolicy)
@@ -201,7 +197,7 @@ class Journey:
         except RequestError as failure:
             status, error = failure.status, failure.code or failure.type
             raise
-        except (asyncio.CancelledError, ClientLeft):
+        except asyncio.CancelledError:
             status, error = 499, "client_left"
             raise
         finally:
@@ -215,7 +211,8 @@ class Journey:
         now = self._clock()
         for call in self._calls:
             call.ended = call.ended or error
-            call.limit.reschedule(now)
+            if not call.limit.expired():
+                call.limit.reschedule(now)
 
     def whereabouts(self, story: Story) -> str:
         """What a client that waits for the first word may be told, in a line."""
@@ -337,7 +334,7 @@ class Journey:
                     return await self._answered_first(call, lease, waited)
                 if warmed.cause is not None:
                     return warmed
-                if not call.failed:
+                if not call.failed and call.ended is None:
                     call.limit.reschedule(None)  # the answer has not been begun
                 return None
         except Refused as refused:
@@ -410,7 +407,7 @@ class Journey:
                     outcome = replace(outcome, cause=Cause.CANNOT_CONTINUE)
         except Abandoned as abandoned:
             outcome = _stopped(abandoned)
-        except (asyncio.CancelledError, ClientLeft):
+        except asyncio.CancelledError:
             outcome = Outcome(cause=Cause.OVERDUE if call.limit.expired() else Cause.LEFT)
             raise
         finally:
@@ -458,7 +455,9 @@ class Journey:
         if outcome.cause is not None:
             if outcome.cause is not Cause.OUTRUN:
                 continues = call.stream is not None and call.stream.seam is not None
-                call.failed.append(Tried(lease.worker.id, outcome.cause, progress.tokens, continues))
+                call.failed.append(
+                    Tried(lease.worker.id, outcome.cause, progress.tokens, continues, outcome.told)
+                )
             log.info(
                 "request %s: attempt %d on %s ended, %s%s",
                 *(call.story.request_id, len(call.story.attempts), attempt.worker_id, attempt.cause),

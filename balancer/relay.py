@@ -42,6 +42,7 @@ from balancer.upstream import (
     Address,
     Exchange,
     Head,
+    OutOfFiles,
     Stale,
     Unreachable,
     Upstream,
@@ -62,8 +63,8 @@ LONGEST_HOLD_SECONDS = 60.0
 PROBE_SECONDS = 30.0
 """A worker that needs longer for a word is not well."""
 
-KNOCK_SECONDS = 1.0
-"""In which a worker whose connection broke has to take another, to count as alive."""
+KNOCK_SECONDS = 0.2
+"""In which a machine says that nobody takes connections there, after one broke; the retry waits for it."""
 
 _AGENTS_WORDS: Mapping[str, Cause] = {
     "engine_died": Cause.CRASHED,
@@ -127,6 +128,8 @@ class Outcome:
     hold_seconds: float | None = None
     gone: bool = False
     """Nobody takes connections there any more."""
+    told: bool = False
+    """It is the word of the worker's agent."""
 
 
 class Failed(Exception):
@@ -217,6 +220,7 @@ class Relay:
                 words=failed.words,
                 hold_seconds=failed.hold_seconds,
                 gone=gone,
+                told=WORKER_TYPES[worker.type].is_agent,
             )
         return Outcome(cause=None, answer=answer)
 
@@ -274,6 +278,8 @@ class Relay:
             )
             try:
                 exchange = await self._upstream.post(address, head, body, listener, fresh=fresh)
+            except OutOfFiles as error:
+                raise Failed(Cause.BUSY, str(error)) from error
             except Unreachable as error:
                 # Of a worker that hung up on the request a moment ago it is the end of an engine.
                 raise Failed(Cause.BROKE if fresh else Cause.UNREACHABLE, str(error)) from error

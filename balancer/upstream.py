@@ -9,6 +9,7 @@ redirect, no cookie is ever followed (RELIABILITY R9, R10).
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import ssl
 import sys
@@ -47,6 +48,10 @@ class UpstreamError(Exception):
 
 class Unreachable(UpstreamError):
     """No connection came about: the worker has seen nothing of the request."""
+
+
+class OutOfFiles(UpstreamError):
+    """This machine may open no further connection; nothing is known of the worker."""
 
 
 class Broke(UpstreamError):
@@ -283,7 +288,9 @@ class Exchange(asyncio.Protocol):
             self._resting.cancel()
             self._resting = None
         self._parser = None
-        if self._keeps and self.is_open:
+        transport = self._transport
+        # With a part of the request still to be sent, it was answered early: the rest is owed to nobody else.
+        if self._keeps and transport is not None and self.is_open and not transport.get_write_buffer_size():
             if self.paused:  # by a client that was slow to the end
                 self.resume()
             self._pool.keep(self)
@@ -381,7 +388,7 @@ class Upstream:
         """Sends, at once where a connection is there; what comes of it goes to the listener.
 
         `request`: line and headers with the empty line after them. `fresh`: on no connection that was used
-        before. Raises `Unreachable`.
+        before. Raises `Unreachable` and `OutOfFiles`.
         """
         pool = self._pools.get(address) or self._pool(address)
         exchange = None if fresh else pool.take(asyncio.get_running_loop().time())
@@ -410,6 +417,8 @@ class Upstream:
         except TimeoutError:
             raise Unreachable("no connection in time") from None
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise OutOfFiles("the balancer has no file descriptor left") from error
             raise Unreachable(_name(error)) from error
         if not exchange.is_open:
             raise Unreachable("the connection was closed at once")

@@ -386,7 +386,7 @@ class Dispatcher:
                 flight.member.last_byte = now
         for ticket in held:
             if (flight := self._flights.get(ticket)) is not None:
-                flight.held = True
+                flight.held = flight.was_held = True
         self._were_held = held
 
     def _silent(self, member: Member, now: float) -> list[Command]:

@@ -104,6 +104,8 @@ class Flight:
     grew: float = 0.0
     held: bool = False
     """It does not grow since its reader is slow."""
+    was_held: bool = False
+    """It was, at some time: its pace tells nothing of its worker."""
     hedged: bool = False
     """It was late with its first token, and was given a second worker."""
 

@@ -70,7 +70,7 @@ def answered(flight: Flight, measures: Measures | None, forecast: Forecast, now:
             speeds.read(prompt - cached, first - flight.sent, alone=flight.kind == "probe")
         elif prompt - cached < MOSTLY * flight.uncached:
             speeds.prefill_tokens_per_second /= flight.taught  # it remembered more than was known
-    if output and output > 8:
+    if output and output > 8 and not flight.was_held:
         _learn_writing(flight, first, output, now)
 
 

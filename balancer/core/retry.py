@@ -91,6 +91,8 @@ class Tried:
     """Of the answer, that had come from this worker."""
     continues: bool = False
     """It was to go on with what others had begun."""
+    told: bool = False
+    """Its agent said what happened; else it is concluded from a connection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +102,14 @@ class Again:
 
 
 def is_poison(tried: Sequence[Tried]) -> bool:
-    """As many engines have died over this request as may, and of the same. Two that ended at different places
-    of a long answer were rather stopped, or restarted: a prompt that kills does it while it is read, or where
-    it did before."""
+    """As many engines have died over this request as may. Where no agent tells what happened, and the engines
+    ended at different places of a long answer, they were rather stopped or restarted: a prompt that kills
+    does it while it is read, or where it did before."""
     crashed = [attempt for attempt in tried if attempt.cause is Cause.CRASHED]
     if len(crashed) < MAX_CRASHES:
         return False
     *before, last = crashed
-    if not last.tokens:
+    if last.told or not last.tokens:
         return True
     return not last.continues and any(abs(one.tokens - last.tokens) <= SAME_PLACE_TOKENS for one in before)
 

@@ -44,7 +44,7 @@ class EventFrames:
             elif line.startswith(b"data:"):
                 value = line[5:].removeprefix(b" ")
                 self._data.append(value)
-                self._held += len(value)
+                self._held += len(value) + 1  # its line break; also of lines without anything
         if len(self._rest) + self._held > MAX_EVENT_BYTES:
             raise FramingError(f"an event of more than {MAX_EVENT_BYTES} bytes")
         return events
