@@ -108,7 +108,7 @@ class Lease:
     """Who is told when the answer begins."""
     stopped: Stop | None = None
     _reason: str = ""
-    _scope: asyncio.Timeout | None = None
+    _block: _Held | None = None
     _settled: Ended | None = None
     _told: int = 0
 
@@ -149,8 +149,8 @@ class Lease:
         """Ends the block of `held`, now or as soon as it begins. The first reason counts."""
         if self.stopped is None:
             self.stopped, self._reason = stop, reason
-            if self._scope is not None:
-                self._scope.reschedule(asyncio.get_running_loop().time())
+            if self._block is not None:
+                self._block.end()
 
     def held(self) -> _Held:
         """For an `async with`. Raises `Abandoned`, out of the block too, when the attempt is ended from
@@ -173,30 +173,38 @@ class Lease:
 
 
 class _Held:
-    """The block of an attempt, which can be ended from outside."""
+    """The block of an attempt, which can be ended from outside. Works as `asyncio.timeout` does, without a
+    timer."""
 
-    __slots__ = ("_lease", "_scope")
+    __slots__ = ("_cancelling", "_ended", "_lease", "_task")
 
     def __init__(self, lease: Lease) -> None:
         self._lease = lease
-        self._scope = asyncio.timeout(None)
+        self._ended = False
 
     async def __aenter__(self) -> None:
         lease = self._lease
         if lease.stopped is not None:
             raise Abandoned(lease.stopped, lease._reason)
-        lease._scope = await self._scope.__aenter__()
+        task = asyncio.current_task()
+        assert task is not None
+        self._task, self._cancelling = task, task.cancelling()
+        lease._block = self
+
+    def end(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._task.cancel()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         lease = self._lease
-        lease._scope = None
-        try:
-            await self._scope.__aexit__(kind, error, trace)
-        except TimeoutError:
-            if lease.stopped is None:
-                raise
+        lease._block = None
+        if not self._ended or lease.stopped is None:
+            return
+        # Somebody else may have cancelled the task as well: that goes before.
+        if self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
             raise Abandoned(lease.stopped, lease._reason) from None
 
 

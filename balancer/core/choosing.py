@@ -15,8 +15,8 @@ from typing import Protocol
 from balancer.core.batches import Planner, Service
 from balancer.core.fleet import Fleet, Line, Member
 from balancer.core.forecast import Forecast
-from balancer.core.model import Ask, Choice, ModelOffer, ServiceClass, WorkerId
-from balancer.core.placement import PlacementPolicy, expected_seconds, pick, rate
+from balancer.core.model import Ask, Candidate, Choice, ModelOffer, ServiceClass, WorkerId
+from balancer.core.placement import PlacementPolicy, candidate, draw, expected_seconds, pick, rate
 from balancer.core.scorers import Standing
 
 SHORTLIST, SHORTLISTED = 64, 24
@@ -189,38 +189,32 @@ class Chooser:
             best = min(best, seconds)
         waited = max(now - ask.arrived, 0.0)
         limit = placing.cut * best + placing.cut_seconds + placing.patience * waited
-        standings: dict[WorkerId, Standing] = {}
-        usable: dict[WorkerId, tuple[Member, float, float]] = {}
+        combine, weights = placing.policy.combine, self._weights
+        candidates: list[Candidate] = []
+        usable: list[tuple[Member, float]] = []
+        reasons = {**excluded, **too_short}
         for seconds, member, cached, line, offer in rated:
-            if seconds <= limit and not line.full and member.fits(offer, tokens):
-                worker_id = member.worker.id
-                usable[worker_id] = member, cached, seconds
-                standings[worker_id] = Standing(
-                    running=member.load,
-                    slots=member.slots,
-                    success_rate=member.window.success_rate,
-                    average_seconds=None,
-                    best_average_seconds=None,
-                    reliability=member.reliability,
-                    expected_seconds=seconds,
-                    least_expected_seconds=best,
-                )
+            worker_id = member.worker.id
+            if seconds > limit or line.full or not member.fits(offer, tokens):
+                reasons[worker_id] = "no room" if line.full else f"would take {seconds:.1f} s"
+                continue
+            standing = Standing(
+                running=member.load,
+                slots=member.slots,
+                success_rate=member.window.success_rate,
+                average_seconds=None,
+                best_average_seconds=None,
+                reliability=member.reliability,
+                expected_seconds=seconds,
+                least_expected_seconds=best,
+            )
+            usable.append((member, cached))
+            candidates.append(candidate(worker_id, standing, weights, combine, seconds, int(cached)))
         if not usable:
             return None
-        candidates = rate(standings, self._weights, placing.policy.combine)
-        picked = pick(candidates, self._chance.random())
-        member, cached, _ = usable[picked.worker_id]
-        told = tuple(
-            one._replace(
-                expected_seconds=usable[one.worker_id][2], cached_tokens=int(usable[one.worker_id][1])
-            )
-            for one in candidates
-        )
-        reasons = {**excluded, **too_short}
-        for its_seconds, other, _, line, _ in rated:
-            if other.worker.id not in usable:
-                reasons[other.worker.id] = "no room" if line.full else f"would take {its_seconds:.1f} s"
-        choice = Choice(worker_id=picked.worker_id, candidates=told, excluded=reasons)
+        index = draw([one.weight for one in candidates], self._chance.random())
+        member, cached = usable[index]
+        choice = Choice(worker_id=member.worker.id, candidates=tuple(candidates), excluded=reasons)
         return Chosen(member, choice, tokens - cached)
 
     def _shortlist(

@@ -99,9 +99,20 @@ def rate(
 ) -> tuple[Candidate, ...]:
     """Every candidate with its scores and its weight."""
     return tuple(
-        Candidate(worker_id, scores := _scores(standing, weights), _weight(scores, weights, combine))
-        for worker_id, standing in standings.items()
+        candidate(worker_id, standing, weights, combine) for worker_id, standing in standings.items()
     )
+
+
+def candidate(
+    worker_id: WorkerId,
+    standing: Standing,
+    weights: Mapping[str, float],
+    combine: Combine,
+    expected_seconds: float | None = None,
+    cached_tokens: int = 0,
+) -> Candidate:
+    scores = _scores(standing, weights)
+    return Candidate(worker_id, scores, _weight(scores, weights, combine), expected_seconds, cached_tokens)
 
 
 def _scores(standing: Standing, weights: Mapping[str, float]) -> dict[str, float]:

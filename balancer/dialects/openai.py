@@ -372,9 +372,9 @@ def _insist_on_supported(fields: Json) -> None:
 def _checked(fields: Json, expected: Mapping[str, Expectation]) -> Json:
     """Those of the fields that are expected; null is left out."""
     kept: Json = {}
-    for name, expectation in expected.items():
-        value = fields.get(name)
-        if value is None:
+    for name, value in fields.items():
+        expectation = expected.get(name)
+        if expectation is None or value is None:
             continue
         if not expectation.holds(value):
             raise BadRequest(f"'{name}' must be {expectation.words}.", param=name)
@@ -528,6 +528,9 @@ class StreamReader:
                 self._our_model = b'"model":' + orjson.dumps(self.model)
 
 
+_PLAIN = frozenset({"index", "delta", "finish_reason", "logprobs"})
+
+
 @dataclass(slots=True)
 class Assembly:
     """Puts a streamed answer together again, for a client that did not ask for a stream.
@@ -542,6 +545,8 @@ class Assembly:
     _head: Json = field(default_factory=dict)
     _choices: dict[int, Json] = field(default_factory=dict)
     _tail: Json = field(default_factory=dict)
+    _words: dict[int, list[str]] = field(default_factory=dict)
+    """Pieces of text, by choice, that are yet to be put where they belong."""
 
     def add(self, chunk: Json) -> None:
         """One event of the stream (`parse_chunk`), not `[DONE]`."""
@@ -554,11 +559,32 @@ class Assembly:
                 self._head.setdefault(key, value)
         for choice in chunk["choices"]:
             index = choice.get("index", 0)
+            if self._add_words(index, choice):
+                continue
+            if self._words:
+                self._put_words_in()
             part = {key: value for key, value in choice.items() if key != "index"}
             merge(self._choices.setdefault(index, {}), part)
 
+    def _add_words(self, index: int, choice: Json) -> bool:
+        """The common case, in a fifth of the time: a further piece of a chat's text and nothing else."""
+        delta = choice.get("delta")
+        if not delta or len(delta) != 1 or choice.get("finish_reason") or choice.get("logprobs"):
+            return False
+        words, whole = delta.get("content"), self._choices.get(index)
+        if not isinstance(words, str) or whole is None or not choice.keys() <= _PLAIN:
+            return False
+        self._words.setdefault(index, []).append(words)
+        return True
+
+    def _put_words_in(self) -> None:
+        for index, words in self._words.items():
+            merge(self._choices[index], {"delta": {"content": "".join(words)}})
+        self._words.clear()
+
     def result(self) -> Json:
         """The answer as it would have come in one piece."""
+        self._put_words_in()
         is_chat = self.endpoint is Endpoint.CHAT
         finished = [
             (_chat_choice if is_chat else _text_choice)(index, choice)
