@@ -515,6 +515,9 @@ class Dispatcher:
             commands += self._place_line(self._plain_batch, now)
         if len(self._batch):
             commands += self._place_batch(changed, now)
+        if commands and members is not None and len(self._line) and self._fleet.roomy:
+            # Who would rather have waited for what was given away just now may take another one.
+            commands += self._place_line(self._line, now)
         return commands
 
     def _place_line(
