@@ -37,6 +37,14 @@ async def start(tmp_path: Path, *arguments: str | Path) -> asyncio.subprocess.Pr
     )
 
 
+async def one_is_through(process: asyncio.subprocess.Process) -> None:
+    """Returns when it has said so of its first paper."""
+    assert process.stdout is not None
+    async with asyncio.timeout(DEADLINE):
+        while b"[1/" not in await process.stdout.readline():
+            pass
+
+
 async def ended(process: asyncio.subprocess.Process) -> tuple[int | None, str, str]:
     try:
         async with asyncio.timeout(DEADLINE):
@@ -107,9 +115,11 @@ async def test_an_interrupted_run_says_how_to_resume_and_a_second_one_asks_nothi
 ):
     papers = papers_in(tmp_path / "papers", "bears", "foxes")
     endpoint.held = "about foxes"
-    arguments = (papers, "--out", tmp_path / "out", "--url", endpoint.url, "--concurrency", "1")
+    # Two at once: both papers are read in threads, and the one that is held may be asked about first.
+    arguments = (papers, "--out", tmp_path / "out", "--url", endpoint.url, "--concurrency", "2")
     process = await start(tmp_path, *arguments)
     await endpoint.until(lambda: len(endpoint.answered) == 3 and endpoint.answering == 1)
+    await one_is_through(process)
     process.send_signal(signal.SIGINT)
     code, _, wrong = await ended(process)
     assert code == 130
