@@ -131,14 +131,18 @@ class Front:
     def _answering(self, endpoint: Endpoint) -> Handler:
         async def handle(request: web.Request) -> web.StreamResponse:
             admitted = self._inference.admit(Head(endpoint, _headers(request), request.remote or ""))
-            body = await self._body(request)
+            body = await self._whole_body(request)
             client = _Client(request, self._policy.slow_reader_seconds)
             return await client.sent(self._inference.answer(admitted, body, client))
 
         return handle
 
     async def _body(self, request: web.Request) -> bytes:
+        """Of a request that was not admitted by its head already."""
         insist_on_plain_json(_headers(request))
+        return await self._whole_body(request)
+
+    async def _whole_body(self, request: web.Request) -> bytes:
         try:
             async with asyncio.timeout(self._policy.body_seconds):
                 return await request.read()

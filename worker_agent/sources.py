@@ -8,7 +8,7 @@ A port-forward that rewrites the source, or a container's proxy, hides the real 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import TypeAlias
 
 Network: TypeAlias = IPv4Network | IPv6Network
@@ -42,24 +42,23 @@ class Sources:
 
         Takes what a socket says: IPv4, IPv6, IPv4-mapped IPv6, a scope after `%`. False for anything else.
         """
-        try:
-            ip = ip_address(address.partition("%")[0])
-        except ValueError:
-            return False
-        if ip.version == 6 and ip.ipv4_mapped is not None:
-            ip = ip.ipv4_mapped
-        return any(ip in network for network in (*_PRIVATE, *self.allowed))
+        ip = _ip(address)
+        return ip is not None and any(ip in network for network in (*_PRIVATE, *self.allowed))
 
 
 def is_loopback(address: str) -> bool:
     """Whether a peer with this address is on this machine. False for what is no address."""
+    ip = _ip(address)
+    return ip is not None and ip.is_loopback
+
+
+def _ip(address: str) -> IPv4Address | IPv6Address | None:
+    """What a socket says of its peer, IPv4-mapped IPv6 as IPv4; None for what is no address."""
     try:
         ip = ip_address(address.partition("%")[0])
     except ValueError:
-        return False
-    if ip.version == 6 and ip.ipv4_mapped is not None:
-        ip = ip.ipv4_mapped
-    return ip.is_loopback
+        return None
+    return ip.ipv4_mapped or ip if ip.version == 6 else ip
 
 
 def parse_networks(value: object) -> tuple[Network, ...]:

@@ -1,4 +1,4 @@
-"""Further scenes of the review."""
+"""Clients that read slowly, and clients that wait in the middle of an answer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ import pytest
 from tests.e2e.conftest import OpenRoom
 from tests.fakes.engine import FakeEngine, Fault
 from tests.faults.asking import CHAT, Came, ask, body_of, question, rows
-from tests.faults.test_review import DONE, FINISH, HEAD, chunk, holds_little, raw_worker, said, slow_client
+from tests.faults.test_borderline import (
+    DONE,
+    FINISH,
+    HEAD,
+    chunk,
+    holds_little,
+    raw_worker,
+    said,
+    slow_client,
+)
 
 
 @pytest.mark.parametrize("hot_path", [True, False])

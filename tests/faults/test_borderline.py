@@ -1,4 +1,4 @@
-"""Scenes of a review of the data plane: each was seen to go wrong once."""
+"""Where two good rules of the data plane meet: each scene was seen to go wrong once."""
 
 from __future__ import annotations
 
