@@ -152,8 +152,8 @@ async def until_it_answers(lan: Lan) -> None:
 async def test_a_balancer_and_an_agent_find_each_other_and_a_third_host_is_answered(lan: Lan):
     async with lan.agent("run") as agent:
         worker = await lan.until_ready(agent)
-        assert worker["id"] in agent.text()
-        assert f"{worker['id']} belongs to the room (found)" in lan.balancer.text()
+        await agent.until_it_says(worker["id"])
+        await lan.balancer.until_it_says(f"{worker['id']} belongs to the room (found)")
         await lan.chat(worker)
 
 
@@ -181,7 +181,7 @@ async def test_an_agent_that_multicast_does_not_reach_joins_by_address(lan: Lan)
     assert await what_passes(lan.balancer_host, lan.agent_host) == ["unicast"]
     async with lan.agent("join", lan.url) as agent:
         worker = await lan.until_ready(agent)
-        assert f"{worker['id']} belongs to the room (joined)" in lan.balancer.text()
+        await lan.balancer.until_it_says(f"{worker['id']} belongs to the room (joined)")
         await agent.until_it_says("advertised by mDNS")  # it tries that too, and does not mind
         assert "(found)" not in lan.balancer.text()
         await lan.chat(worker)

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import re
 import shutil
 import signal
 import sys
@@ -18,6 +17,7 @@ from tests.e2e.processes import command
 pytestmark = [pytest.mark.real_engine, pytest.mark.timeout(300)]
 
 STARTED = "Ctrl-C stops everything."
+ANSWERED = "/v1/chat/completions smollm2-135m-instruct 200"
 
 
 def up(tmp_path: Path, port: int, *more: str):
@@ -166,8 +166,8 @@ async def test_a_paper_batch_makes_reports_and_a_second_run_asks_nothing(tmp_pat
             ]
             assert rows[1]["answers"]["gist"].strip()
             assert "## Gist" in (out / "short.md").read_text()
-            answered = re.findall(r"/v1/chat/completions smollm2-135m-instruct 200", running.text())
-            assert len(answered) == 1
+            await running.until_it_says(ANSWERED)
+            assert running.text().count(ANSWERED) == 1
         running.look()
 
 
