@@ -20,9 +20,10 @@ from benchmarks.mock_worker import MODEL
 from worker_agent.changes import Changes
 from worker_agent.engines.vllm import VLLM
 from worker_agent.gateway import Gateway
+from worker_agent.plans import Plan
 from worker_agent.readiness import Address
 from worker_agent.server import ServerPolicy, listening
-from worker_agent.supervised import Plan, Serving
+from worker_agent.supervised import Serving
 from worker_agent.wire import EngineState, Report, ServedModel
 
 SLOTS = 1024

@@ -110,12 +110,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "worker_agent.sources": set(),
     "worker_agent.guard": set(),
     "worker_agent.gguf": set(),
+    "worker_agent.handshake": set(),
+    "worker_agent.memory": set(),
+    "worker_agent.models.local": set(),
     "worker_agent.events": set(),
     "worker_agent.liveness": set(),
     "worker_agent.orphans": set(),
     "worker_agent.continuation": set(),
     "worker_agent.supervision": {"worker_agent.wire"},
-    "worker_agent.engines": {"worker_agent.hardware", "worker_agent.wire"},
+    "worker_agent.engines": {
+        "worker_agent.hardware",
+        "worker_agent.memory",
+        "worker_agent.models.local",
+        "worker_agent.wire",
+    },
 }
 
 MAY_READ_SETTINGS = {"balancer.app", "balancer.__main__", "worker_agent.app", "worker_agent.__main__"}
@@ -130,6 +138,9 @@ PURE = {
     "balancer.origins",
     "balancer.worker_types",
     "worker_agent.gguf",
+    "worker_agent.handshake",
+    "worker_agent.memory",
+    "worker_agent.models.local",
     "worker_agent.events",
     "worker_agent.liveness",
     "worker_agent.orphans",

@@ -28,10 +28,11 @@ from worker_agent.gguf import HEAD_BYTES, cache_bytes_per_token
 from worker_agent.hardware import Hardware
 from worker_agent.identity import identity
 from worker_agent.joining import join_all
+from worker_agent.plans import Plan
 from worker_agent.server import ServerPolicy, listening
 from worker_agent.settings import Settings, default_data_dir
 from worker_agent.sources import Sources, parse_networks
-from worker_agent.supervised import Plan, SupervisedEngine
+from worker_agent.supervised import SupervisedEngine
 from worker_agent.supervision import SupervisionPolicy
 from worker_agent.wire import EngineState, Report, ServedModel
 

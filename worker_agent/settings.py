@@ -14,7 +14,16 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import orjson
-from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+)
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -27,6 +36,7 @@ from worker_agent.sources import Network, parse_networks
 from worker_agent.wire import DEFAULT_AGENT_PORT, Word
 
 PREFIX = "WORKER_AGENT_"
+EngineName = Literal["auto", "llama.cpp", "llama-cpp-python", "mlx", "vllm"]
 
 
 class SettingsError(Exception):
@@ -66,6 +76,29 @@ def _http_url(url: str) -> str:
     return url
 
 
+class ModelOptions(BaseModel):
+    """How one model is served; what is left out is as for all."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    path: Annotated[str, Field(min_length=1)] | None = None
+    """A GGUF file, a folder or a hub name; None: the downloaded model of this name."""
+    engine: EngineName = "auto"
+    slots: int | None = Field(default=None, ge=1, le=4096)
+    context_tokens: int | None = Field(default=None, ge=256, le=100_000_000)
+    threads: int | None = Field(default=None, ge=1, le=1024)
+    args: tuple[str, ...] = ()
+    """More words for the engine's own command line, after ours; see docs/ENGINES.md."""
+    environment: dict[str, str] = Field(default_factory=dict)
+    """More variables for the engine."""
+    preload: bool = False
+    """Load it when the agent starts."""
+    pin: bool = False
+    """Never unload it to make room for another model."""
+    keep_alive_seconds: float | None = Field(default=None, ge=0)
+    """Unload it when nobody has asked for it for so long; 0: never; None: as the agent's own setting says."""
+
+
 class Settings(BaseSettings):
     """Every setting with its final value."""
 
@@ -73,7 +106,7 @@ class Settings(BaseSettings):
         env_prefix=PREFIX, env_ignore_empty=True, extra="forbid", frozen=True, hide_input_in_errors=True
     )
 
-    engine: Literal["auto", "llama.cpp", "mlx", "vllm"] = "auto"
+    engine: EngineName = "auto"
     model: Annotated[str, Field(min_length=1)] | None = None
     """A GGUF file, a folder or a hub name; None: the small embedded one."""
     name: Word | None = None
@@ -91,6 +124,28 @@ class Settings(BaseSettings):
     """Of the engine; None: every processor that we may use."""
     data_dir: Path | None = None
     """None: the user's data folder (`~/.local/share/llm-room-balancer/worker-agent` on Linux)."""
+    args: tuple[str, ...] = ()
+    """More words for the engine's own command line, for `model`; see docs/ENGINES.md."""
+    models: dict[Word, ModelOptions] = Field(default_factory=dict)
+    """Further models by the names that clients ask for, and options of those that were downloaded."""
+    models_dir: Path | None = None
+    """Where downloads go; None: `models` in `data_dir`."""
+    keep_alive_seconds: float = Field(default=1800.0, ge=0)
+    """A model that was loaded on demand is unloaded when nobody has asked for it for so long; 0: never."""
+    load_wait_seconds: float = Field(default=300.0, ge=0, le=86_400)
+    """How long a request may wait for its model to be loaded, where its sender does not say."""
+    memory_share: float = Field(default=0.9, gt=0.1, le=1.0)
+    """Of the memory that is really free for models, what they may take."""
+    hub_token_file: Path | None = None
+    """Holds the token for the hub; else HF_TOKEN or what `hf auth login` has kept."""
+    cluster_key: SecretStr | None = Field(default=None, min_length=16)
+    """Shared with the balancers that may load, fetch and delete models here; None: nobody may."""
+    cluster_key_file: Path | None = None
+    """Holds it, in place of `cluster_key`."""
+    keep_awake: bool = True
+    """Keep the machine from sleeping while requests run."""
+    spare: bool = True
+    """Take fewer requests on battery, when the machine is hot or its memory is short."""
     balancers: Annotated[
         tuple[Annotated[str, AfterValidator(_http_url)], ...], NoDecode, BeforeValidator(_split)
     ] = ()

@@ -10,14 +10,14 @@ import contextlib
 import logging
 import os
 import secrets
-import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 
 import aiohttp
 
 from worker_agent import readiness
-from worker_agent.engines.spec import Capacity, EngineSpec, Launch
+from worker_agent.engines.spec import Capacity, Launch
+from worker_agent.plans import Plan
 from worker_agent.process import Process, allowed_environment, running
 from worker_agent.readiness import Address, NotOurs
 from worker_agent.supervision import Do, Event, Life, State, SupervisionPolicy
@@ -25,34 +25,6 @@ from worker_agent.supervision import Do, Event, Life, State, SupervisionPolicy
 _LOG = logging.getLogger(__name__)
 _LOGGED_LINES_PER_START = 200
 """An engine's start is told in the log up to here; a crash loop must not fill a disk."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What shall run."""
-
-    spec: EngineSpec
-    model: str
-    name: str
-    slots: int
-    context_tokens: int | None
-    threads: int
-    program: str | None = None
-    cache_bytes_per_token: int | None = None
-
-    def launch(self, port: int) -> Launch:
-        """One start, on a port found for it."""
-        return Launch(
-            python=sys.executable,
-            program=self.program,
-            model=self.model,
-            name=self.name,
-            port=port,
-            slots=self.slots,
-            context_tokens=self.context_tokens,
-            threads=self.threads,
-            cache_bytes_per_token=self.cache_bytes_per_token,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

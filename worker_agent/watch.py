@@ -22,7 +22,8 @@ from worker_agent.events import EventGate, EventTooLong
 from worker_agent.exchange import Exchange, Fault
 from worker_agent.liveness import Liveness, LivenessPolicy
 from worker_agent.orphans import OrphanPolicy, Orphans
-from worker_agent.supervised import Plan, Serving
+from worker_agent.plans import Plan
+from worker_agent.supervised import Serving
 
 _LOG = logging.getLogger(__name__)
 _CHAT_PATH = "/v1/chat/completions"

@@ -40,7 +40,7 @@ LOST_AFTER_SECONDS = 3.0
 JOIN_INTERVAL_SECONDS = 10.0
 """An agent that was told a balancer's address repeats its `Join`, so that a restarted balancer learns it."""
 
-MAX_REPORT_BYTES = 64 * 1024
+MAX_REPORT_BYTES = 256 * 1024
 MAX_TOKENS_HELD = 1_000_000_000
 REQUEST_ID_HEADER = "X-Request-ID"
 HOPS_HEADER = "X-Balancer-Hops"
@@ -48,7 +48,20 @@ HOPS_HEADER = "X-Balancer-Hops"
 CONTINUE_HEADER = "X-LLM-Continue"
 """A chat request with it, value "1", has as its last message the assistant's text so far; the engine goes on
 exactly there. Only for models that say `continues`: from others it is a 409 with code `cannot_continue`."""
+WAIT_HEADER = "X-LLM-Wait"
+"""For how many seconds, as a decimal number, the sender would wait for a model to be loaded. Where that takes
+longer an agent begins to load it all the same, and answers 503 with code `model_loading` at once. Without the
+header it waits as long as its own settings say."""
 DEFAULT_AGENT_PORT = 4100
+
+MODELS_PATH = "/agent/v1/models"
+"""On the agent, behind the cluster key: GET lists what it has (`ModelList`); POST of a `ModelOrder` to
+`/load`, `/unload`, `/delete`, `/download` or `/cancel` below it does that. Load and download answer 202 at
+once, and the reports tell how it goes."""
+CHALLENGE_PATH = "/agent/v1/challenge"
+"""POST: a nonce for one proof (`handshake`), as `{"nonce": "..."}`."""
+PROOF_HEADER = "X-Cluster-Proof"
+"""`<nonce>:<proof>`: that the sender holds the cluster key, for this one request."""
 
 INFERENCE_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 """What an agent relays to its engine. Nothing else of an engine is reachable from the network."""
@@ -89,6 +102,16 @@ class _Message(BaseModel):
 _M = TypeVar("_M", bound=_Message)
 
 
+class ModelState(StrEnum):
+    LOADED = "loaded"
+    """It answers at once."""
+    LOADING = "loading"
+    UNLOADED = "unloaded"
+    """It is on this machine's disk, and is loaded when somebody asks for it."""
+    FAILED = "failed"
+    """It cannot be loaded as things are; `detail` says why."""
+
+
 class ServedModel(_Message):
     """One model that can be asked for by `name`."""
 
@@ -107,6 +130,47 @@ class ServedModel(_Message):
     continues: bool = False
     """It goes on with a chat answer that was begun elsewhere (`CONTINUE_HEADER`): probed on this engine since
     its start."""
+    state: ModelState = ModelState.LOADED
+    engine: str = Field(default="", max_length=128)
+    """Which engine serves it, or will; empty: the report's."""
+    slots: int | None = Field(default=None, ge=1, le=4096)
+    """How many requests its engine works on at once; None: the report's. All models of a machine together
+    get no more than the report's."""
+    progress: float | None = Field(default=None, ge=0, le=1)
+    """Of a model that is loading, the share that is done; None: not known."""
+    eta_seconds: float | None = Field(default=None, ge=0, le=1_000_000)
+    """Until it answers, from now: of a model that is loading, or that others have to make room for first."""
+    load_seconds: float | None = Field(default=None, ge=0, le=1_000_000)
+    """What loading it takes: measured, else estimated from its size; None: not known."""
+    size_bytes: int | None = Field(default=None, ge=0, le=2**53)
+    """Of its weights on disk."""
+    memory_bytes: int | None = Field(default=None, ge=0, le=2**53)
+    """What it needs while it is loaded: weights, caches, what its engine takes besides; None: not known."""
+    detail: Line = ""
+    """Why it is as it is, for people."""
+
+
+class DownloadState(StrEnum):
+    DOWNLOADING = "downloading"
+    VERIFYING = "verifying"
+    """It is all here; its hashes are being compared with the hub's."""
+    DONE = "done"
+    FAILED = "failed"
+
+
+class Download(_Message):
+    """A model that is being fetched from the hub, or was lately."""
+
+    repo: Word
+    """`mlx-community/Qwen2.5-7B-Instruct-4bit`."""
+    name: Word
+    """By which it can be asked for when it is here."""
+    state: DownloadState
+    done_bytes: int = Field(default=0, ge=0, le=2**53)
+    total_bytes: int | None = Field(default=None, ge=0, le=2**53)
+    eta_seconds: float | None = Field(default=None, ge=0, le=1_000_000)
+    detail: Line = ""
+    """Why it failed, and what to do."""
 
 
 class Report(_Message):
@@ -132,6 +196,12 @@ class Report(_Message):
     """Why the state is what it is, with what to do next where something is wrong."""
     advice: tuple[Line, ...] = Field(default=(), max_length=8)
     """What would serve better on this machine and how to get it."""
+    downloads: tuple[Download, ...] = Field(default=(), max_length=16)
+    """Under way, and those that ended a short while ago."""
+    memory_total_bytes: int | None = Field(default=None, ge=0, le=2**53)
+    """What models may take here: of RAM, of unified memory, of the GPU's own."""
+    memory_held_bytes: int | None = Field(default=None, ge=0, le=2**53)
+    """Of that, what the loaded ones take."""
 
     def to_line(self) -> bytes:
         """One line of the report stream, newline included."""
@@ -150,6 +220,40 @@ class Join(_Message):
     id: Word
     port: int = Field(ge=1, le=65535)
     """Where the agent listens, on the address from which this message comes."""
+
+
+class ModelOrder(_Message):
+    """What a balancer wants done with one model of an agent's."""
+
+    name: Word
+    """Of a model that is there; of a download the name that it shall get, or the hub's own
+    (`org/model`)."""
+    repo: Word | None = None
+    """To download: the hub's name, if `name` is not it."""
+    revision: Word | None = None
+    """Branch, tag or commit; None: the default branch."""
+    file: Word | None = None
+    """Of a repository that holds several GGUF files, the one to fetch (a file name or a quantisation such as
+    `Q4_K_M`); None: the best that fits."""
+    force: bool = False
+    """To unload: also while it answers requests, which are ended."""
+
+
+class ModelList(_Message):
+    """What an agent has, for people and commands."""
+
+    models: tuple[ServedModel, ...] = Field(default=(), max_length=256)
+    downloads: tuple[Download, ...] = Field(default=(), max_length=16)
+
+
+def parse_order(body: bytes) -> ModelOrder:
+    """Raises `WireError`."""
+    return _parse(ModelOrder, body)
+
+
+def parse_models(body: bytes) -> ModelList:
+    """Raises `WireError`."""
+    return _parse(ModelList, body)
 
 
 def parse_join(body: bytes) -> Join:

@@ -62,6 +62,8 @@ class Needs(NamedTuple):
     kin: str | None = None
     """The answer was begun elsewhere and is to go on: only workers whose model is of this kin
     (`ModelOffer.kin`), and that can go on with an answer. None: from the beginning, on any."""
+    local_only: bool = False
+    """It must not leave the room (`Worker.fallback`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +106,9 @@ class Worker:
     continues: bool | None = None
     """It is known to go on with chat answers that another worker began, or not to; None: it says so itself,
     or it is found out when it matters."""
+    fallback: bool = False
+    """Outside of the room (a paid API): asked only where no worker of the room can answer, and never for an
+    ask that is `Needs.local_only`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,8 +128,14 @@ class ModelOffer:
     """The name was made from the identity. It is listed where it brings models of several names together."""
     loaded: bool = True
     """It answers without loading the model first."""
+    loading: bool = False
+    """It is not loaded, and being loaded now."""
     load_seconds: float = 0.0
-    """What loading takes, if it is not loaded."""
+    """What loading takes from now on, if it is not loaded."""
+    progress: float | None = None
+    """While it is loading, the share that is done; None: not known."""
+    failed: str | None = None
+    """Why the worker cannot serve it at present, for people; None: it can."""
     memory_tokens: int | None = None
     """Tokens that all requests which run at once may hold together (vLLM's KV cache); None: slots alone
     bound them."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from worker_agent.engines.spec import EngineSpec, Launch, positive
-from worker_agent.supervised import Plan
+from worker_agent.plans import Plan
 
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
 

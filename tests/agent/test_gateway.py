@@ -19,8 +19,9 @@ from worker_agent import wire
 from worker_agent.changes import Changes
 from worker_agent.exchange import ExchangePolicy
 from worker_agent.gateway import Gateway, GatewayPolicy
+from worker_agent.plans import Plan
 from worker_agent.readiness import Address
-from worker_agent.supervised import Plan, Serving
+from worker_agent.supervised import Serving
 from worker_agent.wire import EngineState, Report
 
 CHAT = "/v1/chat/completions"

@@ -22,9 +22,10 @@ from worker_agent.changes import Changes
 from worker_agent.gateway import Gateway, GatewayPolicy
 from worker_agent.liveness import LivenessPolicy
 from worker_agent.orphans import OrphanPolicy
+from worker_agent.plans import Plan
 from worker_agent.readiness import Address
 from worker_agent.server import ServerPolicy, listening
-from worker_agent.supervised import Plan, Serving, SupervisedEngine
+from worker_agent.supervised import Serving, SupervisedEngine
 from worker_agent.supervision import State, SupervisionPolicy
 from worker_agent.watch import Backend, WatchPolicy
 from worker_agent.wire import EngineState, Report

@@ -17,7 +17,7 @@ def line(name: str) -> bytes:
 
 
 def test_a_report_is_written_as_the_sample_says():
-    sample = line("report_of_one_that_continues")
+    sample = line("report_of_many_models")
     assert orjson.loads(wire.Report.from_line(sample).to_line()) == orjson.loads(sample)
 
 
@@ -26,6 +26,11 @@ def test_one_that_says_nothing_of_going_on_with_answers_is_not_asked_to():
     assert not model.continues
     [model] = wire.Report.from_line(line("report_of_one_that_continues")).models
     assert model.continues
+
+
+def test_one_that_says_nothing_of_loading_has_its_models_loaded():
+    [model] = wire.Report.from_line(line("report")).models
+    assert model.state is wire.ModelState.LOADED
 
 
 def test_a_report_tells_of_each_model_what_it_is_and_how_much_it_holds():

@@ -32,6 +32,8 @@ class Launch:
     threads: int
     cache_bytes_per_token: int | None = None
     """Of keys and values, where the model's file tells it."""
+    args: tuple[str, ...] = ()
+    """More words for the command line, from the user's own configuration, never from the network."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
