@@ -29,10 +29,12 @@ def identity(folder: Path, given: str | None = None) -> Iterator[str]:
     """The agent's id while the block lasts; `given` is used as it is.
 
     Kept in `folder` as `agent-1.id`, the next agent on this machine as `agent-2.id` and so on: each holds a
-    lock on its file while it runs, and takes the first that is free. Raises `NoIdentity`.
+    lock on its file while it runs, and takes the first that is free. One whose id is given holds one on the
+    folder, where there is one. Raises `NoIdentity`.
     """
     if given is not None:
-        yield given
+        with _in_use(folder):
+            yield given
         return
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -45,6 +47,17 @@ def identity(folder: Path, given: str | None = None) -> Iterator[str]:
         yield _kept(descriptor)
     finally:
         os.close(descriptor)  # which gives the lock back
+
+
+@contextlib.contextmanager
+def _in_use(folder: Path) -> Iterator[None]:
+    """Others who use the folder may do so too; who wants to remove it can tell (`uninstall`)."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # no such folder, or a file system that locks only files
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
 
 
 def _first_free(folder: Path) -> int:

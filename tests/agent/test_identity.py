@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker_agent.identity import NoIdentity, identity, made_id
+from worker_agent.uninstall import Refused, held
 
 
 def test_an_agent_is_the_same_after_a_restart(tmp_path: Path) -> None:
@@ -27,6 +28,13 @@ def test_a_given_id_is_used_and_nothing_is_kept(tmp_path: Path) -> None:
     with identity(tmp_path, "mine") as agent_id:
         assert agent_id == "mine"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_of_one_whose_id_is_given_is_not_removed_under_it(tmp_path: Path) -> None:
+    with identity(tmp_path, "mine"), pytest.raises(Refused, match="an agent uses"), held(tmp_path):
+        pass
+    with held(tmp_path):
+        pass
 
 
 def test_a_folder_that_cannot_be_used_says_what_to_give(tmp_path: Path) -> None:
