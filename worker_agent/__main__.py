@@ -1,4 +1,4 @@
-"""The command line of an agent: run, join, doctor. Parses, calls, prints."""
+"""The command line of an agent: run, join, doctor, models, service, uninstall. Parses, calls, prints."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import orjson
 import typer
 import uvloop
-from rich.console import Console
-from rich.table import Table
 
 from worker_agent import app as agent
+from worker_agent import service, uninstall
+from worker_agent.doctor import show
 from worker_agent.engines.choice import NoChoice
 from worker_agent.identity import NoIdentity
+from worker_agent.models import cli as models
+from worker_agent.models.downloads import DownloadPolicy, DownloadRefused
 from worker_agent.server import CannotListen
 from worker_agent.settings import Settings, SettingsError, load
 
@@ -31,7 +33,9 @@ cli = typer.Typer(
     help="One machine of the room: runs an LLM engine and lets a balancer use it.",
 )
 
-_Engine = Annotated[str | None, typer.Option(help="auto, llama.cpp, mlx or vllm.", show_default="auto")]
+_Engine = Annotated[
+    str | None, typer.Option(help="auto, llama.cpp, llama-cpp-python, mlx or vllm.", show_default="auto")
+]
 _Model = Annotated[
     str | None, typer.Option(help="A GGUF file, a folder or a hub name.", show_default="embedded")
 ]
@@ -144,74 +148,37 @@ def doctor(
     model: _Model = None,
     config: _Config = None,
 ) -> None:
-    """Shows this machine, the engine that would run and why, and what would serve better.
+    """Shows this machine, its engines, which would run and why, what fits and how fast it would be.
 
     Ends with code 1 where none can run.
     """
     settings = _settings(config, {"engine": engine, "model": model})
     inspection = _perform(agent.inspect(settings))
-    findings = _findings(inspection, settings)
+    findings = agent.findings(settings, inspection)
     if json:
         sys.stdout.buffer.write(orjson.dumps(findings, option=orjson.OPT_INDENT_2) + b"\n")
     else:
-        _show(findings)
+        show(findings)
     if findings["engine"] is None:
         raise typer.Exit(1)
 
 
-def _findings(inspection: agent.Inspection, settings: Settings) -> dict[str, Any]:
-    found = inspection.installed
-    common = {
-        "hardware": str(inspection.hardware),
-        "installed": {
-            "mlx": found.mlx,
-            "vllm": found.vllm,
-            "llama-server": found.llama_server,
-            "xllamacpp": found.xllamacpp,
-            "embedded model": found.embedded_model,
-        },
-    }
-    if isinstance(inspection.choice, NoChoice):
-        return {**common, "engine": None, "why": str(inspection.choice), "advice": []}
-    choice = inspection.choice
+def _models_dir(config: Path | None) -> Path:
+    return agent.catalog_of(_settings(config, {})).folder
+
+
+def _download_policy(config: Path | None) -> DownloadPolicy:
+    settings = _settings(config, {})
+    inspection = _perform(agent.inspect(settings))
     try:
-        plan = agent.plan_of(settings, choice, inspection.hardware.cores)
-    except NoChoice as error:
-        return {**common, "engine": None, "why": str(error), "advice": []}
-    return {
-        **common,
-        "engine": plan.spec.name,
-        "why": choice.why,
-        "model": plan.model,
-        "name": plan.name,
-        "slots": plan.slots,
-        "context_tokens": plan.context_tokens,
-        "threads": plan.threads,
-        "advice": list(choice.advice),
-    }
+        return agent.download_policy(settings, inspection)
+    except DownloadRefused as error:
+        _give_up(str(error))
 
 
-def _show(findings: dict[str, Any]) -> None:
-    rows: list[tuple[str, str]] = []
-    for key, value in findings.items():
-        if key == "installed":
-            rows.append((key, ", ".join(name for name, where in value.items() if where) or "nothing"))
-        elif key == "advice":
-            rows.extend((key, line) for line in value)
-        elif value is None:
-            rows.append((key.replace("_", " "), "none" if key == "engine" else "the engine's own"))
-        else:
-            rows.append((key.replace("_", " "), str(value)))
-    if not sys.stdout.isatty():
-        for key, text in rows:
-            typer.echo(f"{key}: {text}")
-        return
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+cli.add_typer(models.commands(_models_dir, _download_policy), name="models")
+cli.add_typer(service.commands, name="service")
+cli.command("uninstall")(uninstall.command)
 
 
 def _settings(config: Path | None, flags: Mapping[str, object]) -> Settings:

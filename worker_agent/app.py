@@ -10,34 +10,58 @@ import signal
 import socket
 import stat
 import sys
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from worker_agent import doctor, wire
 from worker_agent import hardware as machine
 from worker_agent import installed as environment
-from worker_agent import wire
 from worker_agent.advertise import Presence, advertise
+from worker_agent.awake import Awake
 from worker_agent.changes import Changes
-from worker_agent.engines.choice import Choice, Installed, NoChoice, Wish, choose
-from worker_agent.engines.spec import Capacity
+from worker_agent.engines.choice import (
+    Choice,
+    DoesNotFit,
+    Installed,
+    NoChoice,
+    Wish,
+    choose,
+    preferred_format,
+)
 from worker_agent.gateway import Gateway, GatewayPolicy
-from worker_agent.gguf import HEAD_BYTES, cache_bytes_per_token
 from worker_agent.hardware import Hardware
+from worker_agent.hosts import Hosts, own_names
 from worker_agent.identity import identity
 from worker_agent.joining import join_all
-from worker_agent.plans import Plan
+from worker_agent.memory import MemoryNow, Pool, budget
+from worker_agent.models.catalog import Catalog, NotAModel, describe
+from worker_agent.models.downloads import (
+    DownloadPolicy,
+    DownloadRefused,
+    Downloads,
+    hub_endpoint,
+    hub_token,
+)
+from worker_agent.models.local import LocalModel
+from worker_agent.offers import Offer, without_model
+from worker_agent.orders import Orders
+from worker_agent.plans import Options, Plan, plan_for
+from worker_agent.pressure import Pressure
+from worker_agent.report import detail_of, line, served_model, state_of
+from worker_agent.residents import Measure, Residents, ResidentsPolicy
 from worker_agent.server import ServerPolicy, listening
-from worker_agent.settings import Settings, default_data_dir
+from worker_agent.settings import ModelOptions, Settings, default_data_dir
+from worker_agent.shelf import Shelf
 from worker_agent.sources import Sources, parse_networks
-from worker_agent.supervised import SupervisedEngine
-from worker_agent.supervision import SupervisionPolicy
-from worker_agent.wire import EngineState, Report, ServedModel
+from worker_agent.wire import EngineState, Report
 
 _LOG = logging.getLogger("worker_agent")
-_LINE_CHARACTERS = 400  # of a `wire.Line`
+_BUSY_LOOK_SECONDS = 0.5
+_WEIGHTS_SHARE = 0.8  # of what models may take; the rest is for keys and values
 
 
 class NoParent(Exception):
@@ -90,73 +114,259 @@ async def run(settings: Settings, *, exit_with_parent: bool = False) -> None:
     stop = Stop()
     with _signals(stop):
         inspection = await inspect(settings)
-        if isinstance(inspection.choice, NoChoice):
-            raise inspection.choice
         folder = settings.data_dir or default_data_dir()
+        catalog = catalog_of(settings)
+        offers = await _offers(settings, inspection, catalog)
         with identity(folder, settings.id) as agent_id:
             async with contextlib.AsyncExitStack() as stack:
                 if exit_with_parent:
                     await stack.enter_async_context(_parent(stop))
-                await _serve(settings, agent_id, inspection.hardware, inspection.choice, stop)
+                await _serve(settings, agent_id, inspection, catalog, offers, stop)
 
 
-def plan_of(settings: Settings, choice: Choice, cores: int) -> Plan:
-    """What shall run, with every default filled in. Raises `NoChoice` for a model file that is not there."""
-    model, per_token = choice.model, None
-    if model.lower().endswith(".gguf"):
-        path = Path(model).expanduser()
-        if not path.is_file():
-            raise NoChoice(f"there is no file {path}")
-        model = str(path.resolve())
-        per_token = _cache_bytes_per_token(path)
-    return Plan(
-        spec=choice.engine,
-        model=model,
-        name=choice.name,
-        slots=settings.slots or choice.engine.default_slots,
-        context_tokens=settings.context_tokens
-        or choice.context_tokens
-        or choice.engine.default_context_tokens,
-        threads=settings.threads or cores,
-        program=choice.program,
-        cache_bytes_per_token=per_token,
+def findings(settings: Settings, inspection: Inspection) -> dict[str, Any]:
+    """What `doctor` tells of this machine, ready for JSON. Blocking."""
+    models: list[LocalModel] = []
+    with contextlib.suppress(OSError):
+        models += catalog_of(settings).scan()
+    for name, options in settings.models.items():
+        with contextlib.suppress(NotAModel):
+            if options.path is not None:
+                models.append(describe(options.path, name))
+    return doctor.findings(
+        inspection.hardware,
+        inspection.installed,
+        inspection.choice,
+        machine.measure_memory(),
+        options=_main_options(settings, inspection.choice),
+        share=settings.memory_share,
+        models=models,
     )
 
 
-def _cache_bytes_per_token(path: Path) -> int | None:
+def download_policy(settings: Settings, inspection: Inspection) -> DownloadPolicy:
+    """How models are fetched. Blocking. Raises `DownloadRefused` where the file that should hold the hub's
+    token cannot be read."""
+    return DownloadPolicy(
+        endpoint=hub_endpoint(os.environ),
+        token=hub_token(settings.hub_token_file, os.environ),
+        formats=preferred_format(inspection.hardware, inspection.installed),
+        limit_bytes=_most_weights(settings.memory_share),
+    )
+
+
+def _most_weights(share: float) -> int | None:
+    """What a model's weights may take, so that there is room for its caches; of the GPU's memory where there
+    is any."""
+    pools = machine.measure_memory()
+    pool = pools.get(Pool.VRAM) or pools.get(Pool.RAM)
+    return None if pool is None else int(_WEIGHTS_SHARE * share * pool.total_bytes)
+
+
+def catalog_of(settings: Settings) -> Catalog:
+    """Of what was downloaded."""
+    return Catalog(settings.models_dir or (settings.data_dir or default_data_dir()) / "models")
+
+
+@dataclass(frozen=True, slots=True)
+class _Offers:
+    """What can be loaded here."""
+
+    main: Offer | None
+    """The model of `--model`, or the embedded one."""
+    given: tuple[Offer, ...]
+    """It, and those that the file names with a path."""
+    missing: tuple[Offer, ...]
+    """Those that the file names without one, while nobody has downloaded them."""
+    downloaded: Callable[[LocalModel], Offer]
+    nothing: str
+    """What to do where there is none at all."""
+
+
+async def _offers(settings: Settings, inspection: Inspection, catalog: Catalog) -> _Offers:
+    """Raises `NoChoice` where the user's own model cannot run, or there is nothing to run and nobody who may
+    order anything."""
+    choice = inspection.choice
+    main: Offer | None = None
+    if not isinstance(choice, NoChoice):
+        main = await _main_offer(settings, inspection, choice)
+    elif settings.model is not None or settings.engine != "auto" or await _has_no_other(settings, catalog):
+        raise choice
+    given = [] if main is None else [main]
+    missing = []
+    for name, options in settings.models.items():
+        if options.path is None:
+            how = f"type: worker-agent models download ORG/MODEL --name {name}"
+            why = f"no model called {name} was downloaded; {how}"
+            missing.append(without_model(name, why, preload=options.preload))
+            continue
+        try:
+            model = await asyncio.to_thread(describe, options.path, name)
+        except NotAModel as error:
+            given.append(without_model(name, str(error), preload=options.preload))
+        else:
+            given.append(_offer(settings, inspection, model, options))
+
+    def downloaded(model: LocalModel) -> Offer:
+        return _offer(settings, inspection, model, settings.models.get(model.name, ModelOptions()))
+
+    return _Offers(main, tuple(given), tuple(missing), downloaded, str(choice) if main is None else "")
+
+
+async def _has_no_other(settings: Settings, catalog: Catalog) -> bool:
+    """Nothing beside the main model can be served here, nor can anybody order anything."""
+    if settings.models or settings.cluster_key is not None:
+        return False
     try:
-        with path.open("rb") as file:
-            return cache_bytes_per_token(file.read(HEAD_BYTES))
-    except OSError:  # the engine says it better
-        return None
+        return not await asyncio.to_thread(catalog.scan)
+    except OSError:
+        return True
 
 
-async def _serve(settings: Settings, agent_id: str, hardware: Hardware, choice: Choice, stop: Stop) -> None:
-    plan = plan_of(settings, choice, hardware.cores)
-    _LOG.info("%s: %s; %s, because %s", agent_id, hardware, plan.spec.name, choice.why)
-    for line in choice.advice:
-        _LOG.info("advice: %s", line)
-    changes = Changes()
-    policy = SupervisionPolicy(start_limit_seconds=plan.spec.start_limit_seconds)
-    engine = SupervisedEngine(plan, policy, changes.announce)
+async def _main_offer(settings: Settings, inspection: Inspection, choice: Choice) -> Offer:
+    if choice.model.lower().endswith(".gguf") and not await asyncio.to_thread(_is_file, choice.model):
+        raise NoChoice(f"there is no file {choice.model}")
+    options = _main_options(settings, choice)
+    expected: Plan | None = None
+    try:
+        model = await asyncio.to_thread(describe, choice.model, choice.name)
+        expected = await asyncio.to_thread(
+            plan_for, model, options, inspection.hardware, inspection.installed
+        )
+    except NotAModel as error:
+        raise NoChoice(str(error)) from None
+    except DoesNotFit:
+        pass  # that is told as long as it is so
+    return Offer(model=model, plan=_planner(inspection, model, options), expected=expected, preload=True)
+
+
+def _is_file(path: str) -> bool:
+    return Path(path).expanduser().is_file()
+
+
+def _main_options(settings: Settings, choice: Choice | NoChoice) -> Options:
+    chosen = None if isinstance(choice, NoChoice) else choice
+    return Options(
+        engine=settings.engine if chosen is None else chosen.engine.name,
+        slots=settings.slots,
+        context_tokens=settings.context_tokens,
+        threads=settings.threads,
+        args=settings.args,
+    )
+
+
+def _offer(settings: Settings, inspection: Inspection, model: LocalModel, wished: ModelOptions) -> Offer:
+    """A model with the user's options; what they leave out is as for all."""
+    options = Options(
+        engine=wished.engine,
+        slots=wished.slots or settings.slots,
+        context_tokens=wished.context_tokens or settings.context_tokens,
+        threads=wished.threads or settings.threads,
+        args=wished.args,
+        environment=wished.environment,
+    )
+    ttl = wished.keep_alive_seconds
+    if ttl is None:  # what is there from the start was not loaded on demand, and stays
+        ttl = 0.0 if wished.preload else settings.keep_alive_seconds
+    return Offer(
+        model=model,
+        plan=_planner(inspection, model, options),
+        preload=wished.preload,
+        pinned=wished.pin,
+        ttl_seconds=ttl or None,
+    )
+
+
+def _planner(
+    inspection: Inspection, model: LocalModel, options: Options
+) -> Callable[[Mapping[Pool, MemoryNow]], Plan]:
+    def plan(memory: Mapping[Pool, MemoryNow]) -> Plan:
+        return plan_for(model, options, inspection.hardware, inspection.installed, memory)
+
+    return plan
+
+
+def _measuring(share: float) -> Measure:
+    """What models may take: this share of what is free and of what they hold already."""
+
+    def measure(pids: Collection[int]) -> Mapping[Pool, MemoryNow]:
+        ours = machine.resident_bytes(pids)
+        return {
+            pool: replace(now, available_bytes=budget(now, ours.get(pool, 0), share))
+            for pool, now in machine.measure_memory().items()
+        }
+
+    return measure
+
+
+async def _serve(
+    settings: Settings, agent_id: str, inspection: Inspection, catalog: Catalog, offers: _Offers, stop: Stop
+) -> None:
+    choice, changes = inspection.choice, Changes()
+    advice = () if isinstance(choice, NoChoice) else choice.advice
+    if isinstance(choice, NoChoice):
+        _LOG.info("%s: %s; models are loaded when somebody asks", agent_id, inspection.hardware)
+    else:
+        _LOG.info("%s: %s; %s, because %s", agent_id, inspection.hardware, choice.engine.name, choice.why)
+    for each in advice:
+        _LOG.info("advice: %s", each)
+    residents = Residents(
+        agent_id, _measuring(settings.memory_share), changes, ResidentsPolicy(slots=settings.slots)
+    )
+    shelf = Shelf(offers.given, offers.downloaded, catalog, residents, offers.missing)
+    downloads = Downloads(catalog, await _download_policy(settings, inspection), changes.announce)
+    shelf.fetched_by(downloads)
+    shelf.offer_the_given()
+    pressure, awake = Pressure(), Awake()
 
     def report() -> Report:
-        return report_of(agent_id, engine, gateway, str(hardware), choice.advice)
+        standings = residents.standings()
+        engine = next((each.plan.spec.name for each in standings if each.plan is not None), "none")
+        memory = residents.memory
+        state = state_of(standings)
+        detail = detail_of(standings) if standings else offers.nothing
+        return Report(
+            id=agent_id,
+            state=EngineState.STOPPING if gateway.draining else state,
+            engine=engine,
+            models=tuple(map(served_model, standings)),
+            slots=pressure.now.slots(residents.slots),
+            running=residents.taken,
+            hardware=line(str(inspection.hardware)),
+            detail=line(detail or pressure.detail),
+            advice=tuple(map(line, advice)),
+            downloads=shelf.told(),
+            memory_total_bytes=None if memory is None else memory[0],
+            memory_held_bytes=None if memory is None else memory[1],
+        )
 
-    gateway = Gateway(engine, report, changes, GatewayPolicy(sources=_sources(settings)))
-    server = ServerPolicy.for_slots(plan.slots)
+    key = None if settings.cluster_key is None else settings.cluster_key.get_secret_value()
+    policy = GatewayPolicy(
+        sources=_sources(settings),
+        hosts=Hosts([*own_names(socket.gethostname()), *settings.allow_hosts]),
+        wait_seconds=settings.load_wait_seconds,
+    )
+    gateway = Gateway(residents, report, changes, policy, Orders(shelf, agent_id, key).routes())
+    server = ServerPolicy.for_slots(residents.slots)
     async with (
         listening(gateway.application(), settings.host, settings.port, server) as port,
-        engine.supervised(),
-        gateway.looking_after_the_engine(),
+        residents.running_engines(),
+        downloads.running(),
+        awake.running(),
     ):
         shown = f"[{settings.host}]" if ":" in settings.host else settings.host
         _LOG.info("listening on http://%s:%d", shown, port)
-        engine.want()
-        presence = [join_all(settings.balancers, wire.Join(id=agent_id, port=port))]
+        beside = [
+            join_all(settings.balancers, wire.Join(id=agent_id, port=port)),
+            shelf.keep_looking(changes),
+        ]
         if settings.mdns:
-            presence.append(advertise(Presence(agent_id, settings.host, port)))
-        async with _meanwhile(presence):
+            beside.append(advertise(Presence(agent_id, settings.host, port)))
+        if settings.spare:
+            beside.append(pressure.run(changes.announce))
+        if settings.keep_awake:
+            beside.append(_keep_awake(awake, pressure, residents, changes))
+        async with _meanwhile(beside):
             await stop.asked.wait()
             _LOG.info("stopping; %d requests run", gateway.running)
             gateway.drain()
@@ -164,11 +374,34 @@ async def _serve(settings: Settings, agent_id: str, hardware: Hardware, choice: 
         if gateway.running:
             _LOG.warning("ending %d requests that still run", gateway.running)
         await gateway.close()
-        engine.unwant()
-        await _first(engine.stopped(), stop.hurried.wait())
-        engine.hurry()
-        await engine.stopped()
+        residents.unwant()
+        await _first(residents.stopped(), stop.hurried.wait())
+        residents.hurry()
+        await residents.stopped()
     _LOG.info("stopped")
+
+
+async def _download_policy(settings: Settings, inspection: Inspection) -> DownloadPolicy:
+    """Without the token that a file should hold, public models can be fetched still."""
+    try:
+        return await asyncio.to_thread(download_policy, settings, inspection)
+    except DownloadRefused as refused:
+        _LOG.warning("%s: only public models can be downloaded", refused)
+        without = settings.model_copy(update={"hub_token_file": None})
+        return await asyncio.to_thread(download_policy, without, inspection)
+
+
+async def _keep_awake(awake: Awake, pressure: Pressure, residents: Residents, changes: Changes) -> None:
+    """Tells who holds the machine awake when requests run or wait, until cancelled."""
+    told = False
+    while True:
+        change = changes.next
+        busy = bool(residents.running or residents.waiting) and not pressure.now.saving
+        if busy != told:
+            told = busy
+            awake.set(busy)
+        await change.wait()
+        await asyncio.sleep(_BUSY_LOOK_SECONDS)  # what begins and ends within a moment keeps nothing awake
 
 
 def _sources(settings: Settings) -> Sources:
@@ -180,50 +413,6 @@ def _sources(settings: Settings) -> Sources:
         if address.family in (socket.AF_INET, socket.AF_INET6)
     )
     return Sources((*settings.allow_networks, *parse_networks(list(own))))
-
-
-def report_of(
-    agent_id: str, engine: SupervisedEngine, gateway: Gateway, hardware: str, advice: tuple[str, ...]
-) -> Report:
-    """What the agent says of itself now."""
-    state = EngineState.STOPPING if gateway.draining else engine.state.reported
-    plan, serving = engine.plan, engine.serving
-    capacity = serving.capacity if serving is not None else Capacity()
-    model = ServedModel(
-        name=plan.name,
-        context_tokens=serving.context_tokens if serving is not None else None,
-        paths=plan.spec.paths,
-        identity=_line(file_or_hub_name(plan.model)),
-        memory_tokens=_held(capacity.memory_tokens),
-        cache_tokens=_held(capacity.cache_tokens),
-        continues=gateway.continues,
-    )
-    return Report(
-        id=agent_id,
-        state=state,
-        engine=plan.spec.name,
-        models=(model,),
-        slots=plan.slots,
-        running=gateway.taken,
-        hardware=_line(hardware),
-        detail=_line(engine.detail),
-        advice=tuple(map(_line, advice)),
-    )
-
-
-def _held(tokens: int | None) -> int | None:
-    return None if tokens is None else min(tokens, wire.MAX_TOKENS_HELD)
-
-
-def file_or_hub_name(model: str) -> str:
-    """`Qwen/Qwen2.5-7B-Instruct-AWQ` as it is, of a path its end: which folders a machine has is its own."""
-    parts = model.rstrip("/").split("/")
-    return model if len(parts) == 2 and all(parts) and parts[0] not in (".", "..", "~") else parts[-1]
-
-
-def _line(text: str) -> str:
-    """A `wire.Line`: what other programs told us is made printable and short."""
-    return "".join(c if c.isprintable() else " " for c in text)[:_LINE_CHARACTERS]
 
 
 @contextlib.asynccontextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -43,13 +43,22 @@ ANSWER_TOO_LONG = Fault("stream_incomplete", "the engine's answer does not end: 
 class Refused(Exception):
     """Ends a request with an error in OpenAI's form. The message holds nothing of what was sent."""
 
-    def __init__(self, status: int, code: str, message: str, retry_after: int | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        retry_after: int | None = None,
+        more: Mapping[str, object] | None = None,
+    ) -> None:
+        """`more`: what the error says besides, under keys of its own."""
         self.status, self.code, self.message, self.retry_after = status, code, message, retry_after
+        self.more = more or {}
 
     def response(self) -> web.Response:
         """What is answered."""
         kind = "invalid_request_error" if self.status < 500 and self.status != 429 else "server_error"
-        error = {"message": self.message, "type": kind, "param": None, "code": self.code}
+        error = {"message": self.message, "type": kind, "param": None, "code": self.code, **self.more}
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
         return web.Response(
             body=orjson.dumps({"error": error}),

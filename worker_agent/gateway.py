@@ -1,36 +1,39 @@
-"""What of this machine the network can reach: the engine's inference routes, relayed, and the report stream.
+"""What of this machine the network can reach: the engines' inference routes, relayed, and the report stream.
 
-The engine stays on loopback behind a key of its own. A body is parsed here and sent on with the engine's own
-model name; bytes of the answer pass as they come. A client that leaves takes its engine connection along at
-once, whatever the answer's state; half an answer ends with an error, so that it never looks whole. Prompts
-and answers are not logged, nor are the errors of parsers, which quote them.
+Engines stay on loopback behind keys of their own. A body is parsed here and sent on with the engine's own
+model name; bytes of the answer pass as they come. A request for a model that is not loaded waits for that
+before anything is answered, so that it can still be refused. A client that leaves takes its engine connection
+along at once, whatever the answer's state; half an answer ends with an error, so that it never looks whole.
+Prompts and answers are not logged, nor are the errors of parsers, which quote them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-import aiohttp
 import orjson
 from aiohttp import web
 
 from worker_agent import wire
 from worker_agent.changes import Changes
 from worker_agent.continuation import is_begun
-from worker_agent.engines.spec import EngineSpec
 from worker_agent.events import choices_of
 from worker_agent.exchange import Exchange, ExchangePolicy, Fault, Refused
+from worker_agent.hosts import Hosts
+from worker_agent.plans import Plan
+from worker_agent.resident import Resident
 from worker_agent.sources import Sources
-from worker_agent.watch import Backend, EngineWatch, WatchPolicy
 from worker_agent.wire import EngineState, Report
 
-_ENGINE_IDLE_SECONDS = 2.0  # vLLM closes an idle connection after 5: never meet one that it is closing
 _CHAT_PATH, _COMPLETIONS_PATH, _ = wire.INFERENCE_PATHS
 _THREAD_FROM_BYTES = 1024 * 1024  # parsing so much would hold up every stream for some 10 ms
+_LONGEST_WAIT_SECONDS = 86_400.0
 _STOPPING = Fault("stopping", "this machine is about to stop: ask again")
 
 
@@ -44,16 +47,33 @@ class GatewayPolicy:
     """Of all requests that are being read or answered."""
     body_seconds: float = 30.0
     """A request's body must have arrived by then."""
-    connect_seconds: float = 5.0
-    """To the engine; it is on loopback, but a full listen queue takes its time."""
+    wait_seconds: float = 300.0
+    """For a model to be loaded, where the request does not say."""
     goodbye_seconds: float = 1.0
     """For telling those whose answers are ended early."""
     report_streams: int = 16
     """Balancers and curious people at once."""
     sources: Sources = field(default_factory=Sources)
     """Who is served at all."""
+    hosts: Hosts = field(default_factory=lambda: Hosts(()))
+    """By which names."""
     exchange: ExchangePolicy = field(default_factory=ExchangePolicy)
-    watch: WatchPolicy = field(default_factory=WatchPolicy)
+
+
+class Models(Protocol):
+    """The models of this machine, as requests see them."""
+
+    @property
+    def names(self) -> Sequence[str]: ...
+    @property
+    def running(self) -> int: ...
+    def knows(self, name: str) -> bool: ...
+    def plan(self, name: str) -> Plan | None: ...
+    def resident(self, name: str) -> Resident | None: ...
+    def entered(self, name: str, wait_seconds: float) -> AbstractAsyncContextManager[Resident]: ...
+    def drain(self) -> None: ...
+    def stop_all(self, fault: Fault) -> None: ...
+    def cut_all(self) -> None: ...
 
 
 class Gateway:
@@ -61,36 +81,27 @@ class Gateway:
 
     def __init__(
         self,
-        engine: Backend,
+        models: Models,
         report: Callable[[], Report],
         changes: Changes,
         policy: GatewayPolicy | None = None,
+        orders: Sequence[web.RouteDef] = (),
     ) -> None:
-        self._engine = engine
+        """`orders`: further routes, which see to it themselves who may use them."""
+        self._models = models
         self._report = report
         self._changes = changes
         self._policy = policy or GatewayPolicy()
-        self._watch = EngineWatch(engine, changes, self._policy.watch)
+        self._orders = orders
         self._held_bytes = 0
         self._streams = 0
         self._draining = False
         self._closing = False
-        self._session: aiohttp.ClientSession | None = None
 
     @property
     def running(self) -> int:
-        """Requests held open towards the engine now."""
-        return self._watch.open
-
-    @property
-    def taken(self) -> int:
-        """Slots that are taken: by those, and by what the engine still does for clients that have left."""
-        return self._watch.taken
-
-    @property
-    def continues(self) -> bool:
-        """The engine has shown that it goes on with an answer that was begun elsewhere."""
-        return self._watch.continues
+        """Requests held open towards engines now."""
+        return self._models.running
 
     @property
     def draining(self) -> bool:
@@ -102,42 +113,31 @@ class Gateway:
         app = web.Application(client_max_size=self._policy.body_bytes, middlewares=[self._answer_for_errors])
         app.add_routes([web.post(path, self._relay) for path in wire.INFERENCE_PATHS])
         app.add_routes([web.get(wire.REPORT_PATH, self._tell_reports), web.get("/health", self._health)])
-        app.cleanup_ctx.append(self._with_session)
+        app.add_routes(self._orders)
         return app
-
-    @contextlib.asynccontextmanager
-    async def looking_after_the_engine(self) -> AsyncIterator[None]:
-        """While the block lasts, a stuck engine is restarted, and abandoned work counted. Only within the
-        application's life."""
-        assert self._session is not None
-        async with asyncio.TaskGroup() as tasks:
-            looking = tasks.create_task(self._watch.look_after(self._session))
-            try:
-                yield
-            finally:
-                looking.cancel()
 
     # The end, in this order:
 
     def drain(self) -> None:
-        """Refuses new requests; those that run go on."""
+        """Refuses new requests and those that wait for a model; those that run go on."""
         self._draining = True
+        self._models.drain()
         self._changes.announce()
 
     async def drained(self) -> None:
         """Waits until no request runs."""
-        while self._watch.open:
+        while self._models.running:
             await self._changes.next.wait()
 
     async def close(self) -> None:
         """Ends the report streams, and what still runs: with an error that says so, or by cutting it."""
         self._closing = True
-        self._watch.stop_all(_STOPPING)
+        self._models.stop_all(_STOPPING)
         self._changes.announce()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._policy.goodbye_seconds):
                 await self.drained()
-        self._watch.cut_all()
+        self._models.cut_all()
 
     # One request ...
 
@@ -155,11 +155,12 @@ class Gateway:
             self._held_bytes -= size
 
     async def _answer(self, request: web.Request, body: Mapping[str, Any]) -> web.StreamResponse:
-        plan, serving = self._engine.plan, self._engine.serving
-        if request.path not in plan.spec.paths:
-            raise Refused(404, "endpoint_not_served", f"{plan.spec.name} does not serve {request.path} here")
-        if body.get("model") != plan.name:
-            raise Refused(404, "model_not_found", f"this machine serves {plan.name} only")
+        name = body.get("model")
+        if not isinstance(name, str) or not self._models.knows(name):
+            names = ", ".join(self._models.names) or "no model"
+            raise Refused(404, "model_not_found", f"this machine serves {names} only")
+        if (plan := self._models.plan(name)) is not None:
+            _insist_on_endpoint(request, plan)
         if request.path in (_CHAT_PATH, _COMPLETIONS_PATH) and body.get("stream") is not True:
             # An engine computes an answer in one piece to its end, whoever has left meanwhile.
             raise Refused(
@@ -167,37 +168,45 @@ class Gateway:
             )
         if self._draining:
             raise Refused(503, _STOPPING.code, _STOPPING.message, retry_after=5)
-        if serving is None:
-            report = self._report()
-            message = f"the engine is {report.state}. {report.detail}".strip()
-            raise Refused(503, "engine_not_ready", message, retry_after=2)
         if request.headers.get(wire.CONTINUE_HEADER) == "1":
-            body = self._going_on(request, plan.spec, body)
-        try:
-            sent = orjson.dumps({**body, "model": serving.model})
-        except orjson.JSONEncodeError:  # orjson reads deeper nesting than it writes (254 levels)
-            raise Refused(400, "nested_too_deeply", "the request's body is nested too deeply") from None
-        if self._watch.taken >= plan.slots:
-            raise Refused(429, "no_free_slot", f"all {plan.slots} slots are taken", retry_after=1)
-        assert self._session is not None
-        exchange = Exchange(request, serving, self._watch, self._policy.exchange, choices_of(body))
-        with self._watch.attending(exchange, len(sent)):
-            return await exchange.carry(self._session, sent)
+            body = self._going_on(request, name, body)
+        choices, rest = choices_of(body), _encoded(body)
+        del body  # while it waits, one form of it is enough
+        async with self._models.entered(name, self._wait_seconds(request)) as resident:
+            _insist_on_endpoint(request, resident.plan)
+            serving = resident.serving
+            assert serving is not None
+            sent = _addressed(rest, serving.model)
+            exchange = Exchange(request, serving, resident.watch, self._policy.exchange, choices)
+            with resident.watch.attending(exchange, len(sent)):
+                return await exchange.carry(resident.session, sent)
 
-    def _going_on(self, request: web.Request, spec: EngineSpec, body: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _going_on(self, request: web.Request, name: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
         if request.path != _CHAT_PATH or not is_begun(body):
             raise Refused(
                 400,
                 "nothing_to_continue",
                 f"{wire.CONTINUE_HEADER} goes with a chat that ends with an answer's text",
             )
-        if spec.continue_chat is None or not self._watch.continues:
+        resident = self._models.resident(name)
+        continue_chat = None if resident is None else resident.plan.spec.continue_chat
+        if resident is None or continue_chat is None or not resident.watch.continues:
             raise Refused(
                 409,
                 "cannot_continue",
-                f"{spec.name} has not shown here that it can go on: ask another machine",
+                f"{name} has not shown here that it can go on: ask another machine",
             )
-        return spec.continue_chat(body)
+        return continue_chat(body)
+
+    def _wait_seconds(self, request: web.Request) -> float:
+        """How long it may wait for its model."""
+        try:
+            wished = float(request.headers.get(wire.WAIT_HEADER, ""))
+        except ValueError:
+            wished = math.nan
+        if math.isnan(wished):
+            return self._policy.wait_seconds
+        return min(max(0.0, wished), _LONGEST_WAIT_SECONDS)
 
     async def _read(self, request: web.Request) -> Mapping[str, Any]:
         try:
@@ -254,7 +263,7 @@ class Gateway:
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         try:
-            _insist_on_the_room(request, self._policy.sources)
+            _insist_on_the_room(request, self._policy)
             return await handler(request)
         except Refused as refused:
             return refused.response()
@@ -267,21 +276,16 @@ class Gateway:
         except web.HTTPException as error:
             return Refused(error.status, "http_error", error.reason).response()
 
-    async def _with_session(self, _app: web.Application) -> AsyncIterator[None]:
-        # No proxy from the environment (trust_env is off), no cookies; slots bound the connections already.
-        keeps = self._engine.plan.spec.keep_alive
-        connector = aiohttp.TCPConnector(
-            limit=0, force_close=not keeps, keepalive_timeout=_ENGINE_IDLE_SECONDS if keeps else None
+
+def _insist_on_the_room(request: web.Request, policy: GatewayPolicy) -> None:
+    if not policy.hosts.admit(request.headers.get("Host")):
+        raise Refused(
+            403,
+            "wrong_host",
+            "this is not one of this machine's names: ask by its address or its own name, or put the name into"
+            " allow_hosts",
         )
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._policy.connect_seconds)
-        async with aiohttp.ClientSession(
-            connector=connector, cookie_jar=aiohttp.DummyCookieJar(), timeout=timeout, auto_decompress=False
-        ) as self._session:
-            yield
-
-
-def _insist_on_the_room(request: web.Request, sources: Sources) -> None:
-    if not sources.admit(request.remote or ""):
+    if not policy.sources.admit(request.remote or ""):
         raise Refused(
             403,
             "not_of_this_room",
@@ -302,3 +306,24 @@ def _insist_on_readable(request: web.Request) -> None:
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
         # A megabyte of gzip was seen to become 280 of memory on its way to being refused for its size.
         raise Refused(415, "content_encoding", "compressed requests are not read")
+
+
+def _insist_on_endpoint(request: web.Request, plan: Plan) -> None:
+    if request.path not in plan.spec.paths:
+        raise Refused(404, "endpoint_not_served", f"{plan.spec.name} does not serve {request.path} here")
+
+
+def _encoded(body: Mapping[str, Any]) -> bytes:
+    """As JSON, without the model, which the engine has its own name for. Raises `Refused`."""
+    try:
+        return orjson.dumps({key: value for key, value in body.items() if key != "model"})
+    except orjson.JSONEncodeError:  # orjson reads deeper nesting than it writes (254 levels)
+        raise Refused(400, "nested_too_deeply", "the request's body is nested too deeply") from None
+
+
+def _addressed(rest: bytes, model: str) -> bytes:
+    """The body that `_encoded` made, with this model."""
+    between = b"" if rest == b"{}" else b","
+    return b"".join(
+        (b'{"model":', orjson.dumps(model), between, memoryview(rest)[1:])
+    )  # one copy: it may be long

@@ -18,9 +18,13 @@ MAX_NONCES = 256
 LEAST_KEY_CHARACTERS = 16
 
 
-def prove(key: str, nonce: str, method: str, path: str, body: bytes) -> str:
-    """The value of `wire.PROOF_HEADER` for one request."""
-    said = "\n".join(("llm-cluster-1", nonce, method.upper(), path, sha256(body).hexdigest()))
+def prove(key: str, nonce: str, agent_id: str, method: str, path: str, body: bytes) -> str:
+    """The value of `wire.PROOF_HEADER` for one request to the agent of that id.
+
+    The id is proved too: else an agent that does not hold the key could hand on another one's nonce, and have
+    that one carry out what was meant for itself.
+    """
+    said = "\n".join(("llm-cluster-1", nonce, agent_id, method.upper(), path, sha256(body).hexdigest()))
     return f"{nonce}:{hmac.new(key.encode(), said.encode(), sha256).hexdigest()}"
 
 
@@ -38,11 +42,13 @@ class Nonces:
         self._given[nonce] = now
         return nonce
 
-    def accepts(self, key: str, header: str, method: str, path: str, body: bytes, now: float) -> bool:
+    def accepts(
+        self, key: str, header: str, agent_id: str, method: str, path: str, body: bytes, now: float
+    ) -> bool:
         """Whether this is a proof for this request. Its nonce is used up, whatever the outcome."""
         nonce, _, _ = header.partition(":")
         given = self._given.pop(nonce, None)
         if given is None or now - given > NONCE_SECONDS:
             return False
         # Compared as bytes: a header may hold anything, and not in a time that depends on what is equal.
-        return hmac.compare_digest(prove(key, nonce, method, path, body).encode(), header.encode())
+        return hmac.compare_digest(prove(key, nonce, agent_id, method, path, body).encode(), header.encode())

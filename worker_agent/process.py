@@ -29,9 +29,18 @@ _ALLOWED = re.compile(
 )
 
 
-def allowed_environment(ours: Mapping[str, str]) -> dict[str, str]:
-    """What of our environment an engine may see. Pure."""
-    return {name: value for name, value in ours.items() if _ALLOWED.fullmatch(name)}
+_SECRET = re.compile(r"(.*_)?(TOKEN|SECRET|PASSWORD|CREDENTIALS?|KEY)(_.*)?")
+
+
+def allowed_environment(ours: Mapping[str, str], *, fetches: bool = False) -> dict[str, str]:
+    """What of our environment an engine may see: no secrets, but the hub's token where it `fetches` its model
+    from there. Pure."""
+    return {
+        name: value
+        for name, value in ours.items()
+        if _ALLOWED.fullmatch(name)
+        and (not _SECRET.fullmatch(name) or (fetches and name.startswith("HF_TOKEN")))
+    }
 
 
 class Lines:

@@ -32,6 +32,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from worker_agent.handshake import LEAST_KEY_CHARACTERS
 from worker_agent.sources import Network, parse_networks
 from worker_agent.wire import DEFAULT_AGENT_PORT, Word
 
@@ -138,7 +139,7 @@ class Settings(BaseSettings):
     """Of the memory that is really free for models, what they may take."""
     hub_token_file: Path | None = None
     """Holds the token for the hub; else HF_TOKEN or what `hf auth login` has kept."""
-    cluster_key: SecretStr | None = Field(default=None, min_length=16)
+    cluster_key: SecretStr | None = Field(default=None, min_length=LEAST_KEY_CHARACTERS)
     """Shared with the balancers that may load, fetch and delete models here; None: nobody may."""
     cluster_key_file: Path | None = None
     """Holds it, in place of `cluster_key`."""
@@ -152,6 +153,8 @@ class Settings(BaseSettings):
     """To join by address, where multicast does not reach."""
     allow_networks: Annotated[tuple[Network, ...], NoDecode, BeforeValidator(parse_networks)] = ()
     """Served beside private addresses, such as a campus network: 131.1.0.0/16."""
+    allow_hosts: Annotated[tuple[Word, ...], NoDecode, BeforeValidator(_split)] = ()
+    """DNS names by which balancers ask this machine, beside its addresses and its own name."""
     mdns: bool = True
     drain_seconds: float = Field(default=10.0, ge=0, le=3600)
     """How long running answers may take to end when the agent is stopped."""
@@ -181,11 +184,26 @@ def load(config: Path | None, flags: Mapping[str, object]) -> Settings:
 
     given = {key: value for key, value in flags.items() if value is not None}
     try:
-        return Layers(**given)  # type: ignore[arg-type]
+        return _with_cluster_key(Layers(**given))  # type: ignore[arg-type]
     except ValidationError as error:
         faults = error.errors(include_input=False, include_url=False)
         lines = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in faults)
         raise SettingsError("\n".join(lines)) from None
+
+
+def _with_cluster_key(settings: Settings) -> Settings:
+    """With the key out of the file, where it is in one. Raises `SettingsError`."""
+    file = settings.cluster_key_file
+    if settings.cluster_key is not None or file is None:
+        return settings
+    try:
+        key = file.expanduser().read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise SettingsError(f"cluster_key_file: {file} cannot be read: {reason}") from None
+    if len(key) < LEAST_KEY_CHARACTERS:
+        raise SettingsError(f"cluster_key_file: {file} must hold at least {LEAST_KEY_CHARACTERS} characters")
+    return settings.model_copy(update={"cluster_key": SecretStr(key)})
 
 
 def _read(config: Path) -> dict[str, Any]:

@@ -70,6 +70,11 @@ class SupervisedEngine:
         return self._serving
 
     @property
+    def pid(self) -> int | None:
+        """Of the process whose descendants the engine is; None: there is none."""
+        return None if self._process is None else self._process.pid
+
+    @property
     def detail(self) -> str:
         """One sentence for people: why the state is what it is. Never holds what clients wrote."""
         match self._life.state:
@@ -206,7 +211,11 @@ class SupervisedEngine:
         port = readiness.free_port()
         launch = self.plan.launch(port)
         address = Address(port=port, secret=secrets.token_hex(16) if spec.secret_variable else None)
-        environment = {**allowed_environment(os.environ), **spec.environment(launch)}
+        environment = {
+            **allowed_environment(os.environ, fetches=not launch.local),
+            **spec.environment(launch),
+            **self.plan.environment,
+        }
         if spec.secret_variable is not None and address.secret is not None:
             environment[spec.secret_variable] = address.secret
         try:

@@ -189,9 +189,9 @@ class EngineWatch:
 
     def _give_up_probe(self) -> None:
         """Once: a scope that has expired takes no other time."""
-        if self._probe is not None:
+        if self._probe is not None and not self._probe.expired():
             self._probe.reschedule(_now())
-            self._probe = None
+        self._probe = None
 
     def _is_current(self, exchange: Exchange) -> bool:
         return exchange.serving is self._serving
@@ -283,14 +283,11 @@ class EngineWatch:
                 continue
             deadline = _now() + self._policy.probe_seconds
             try:
-                async with asyncio.timeout_at(deadline) as self._probe:
-                    found = await _goes_on(session, spec, serving)
+                found = await self._ask(session, spec, serving, deadline)
             except (aiohttp.ClientError, TimeoutError, EventTooLong) as error:
                 failures += not isinstance(error, TimeoutError) or _now() >= deadline
                 await asyncio.sleep(self._policy.probe_pause_seconds)
                 continue
-            finally:
-                self._probe = None
             self._notice()
             if serving is self._serving:
                 _LOG.info(
@@ -299,6 +296,16 @@ class EngineWatch:
                 self._continues = found
                 self._changes.announce()
             return
+
+    async def _ask(
+        self, session: aiohttp.ClientSession, spec: EngineSpec, serving: Serving, deadline: float
+    ) -> bool:
+        """Raises `TimeoutError` also where a user needs the slot."""
+        try:
+            async with asyncio.timeout_at(deadline) as self._probe:
+                return await _goes_on(session, spec, serving)
+        finally:
+            self._probe = None
 
     def _is_crowded(self) -> bool:
         """Whether no slot is to spare; one that is alone is, while nobody asks."""

@@ -59,7 +59,8 @@ MODELS_PATH = "/agent/v1/models"
 `/load`, `/unload`, `/delete`, `/download` or `/cancel` below it does that. Load and download answer 202 at
 once, and the reports tell how it goes."""
 CHALLENGE_PATH = "/agent/v1/challenge"
-"""POST: a nonce for one proof (`handshake`), as `{"nonce": "..."}`."""
+"""POST: a nonce for one proof (`handshake`), as `{"nonce": "...", "id": "..."}`. The id is the agent's, for
+people's scripts; a balancer proves for the id by which it knows the agent."""
 PROOF_HEADER = "X-Cluster-Proof"
 """`<nonce>:<proof>`: that the sender holds the cluster key, for this one request."""
 

@@ -3,10 +3,10 @@
     fake_engine.py PORT STARTS_FILE MODE
 
 Appends its process id to STARTS_FILE at each start. MODE: `serve`, `serve-once` (ends with code 3 on its
-first start only), `exit` (code 3, with last words), `mute` (alive, loading for ever), `stubborn` (serves,
-ignores SIGTERM), `parent` (serves, and has a child of its own), `elsewhere` (alive, but does not listen at
-all), `closing` (serves until it is asked to GET /close, then listens no more, alive all the same), `open`
-(generates for any key).
+first start only), `exit` (code 3, with last words), `mute` (alive, loading for ever), `held` (loading until
+there is a file STARTS_FILE.loaded, then serves), `stubborn` (serves, ignores SIGTERM), `parent` (serves, and
+has a child of its own), `elsewhere` (alive, but does not listen at all), `closing` (serves until it is asked
+to GET /close, then listens no more, alive all the same), `open` (generates for any key).
 
 Like older llama-servers, it lists its models to everybody.
 
@@ -32,6 +32,7 @@ WORD = b'data: {"choices": [{"delta": {"content": "word "}}]}\n\n'
 
 class Handler(BaseHTTPRequestHandler):
     mode = "serve"
+    starts = ""
     busy = 0
     awake = threading.Event()
 
@@ -48,7 +49,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, {})
             threading.Thread(target=stop_listening, args=(self.server,)).start()
         elif self.path == "/health":
-            self.answer(503 if self.mode == "mute" else 200, {})
+            held = self.mode == "held" and not os.path.exists(f"{self.starts}.loaded")
+            self.answer(503 if held or self.mode == "mute" else 200, {})
         elif self.path == "/wake":
             self.awake.set()
             self.answer(200, {})
@@ -120,7 +122,7 @@ def main(port: int, starts: str, mode: str) -> None:
             child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
             file.write(str(child.pid))
     if mode != "elsewhere":
-        Handler.mode = mode
+        Handler.mode, Handler.starts = mode, starts
         ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
     while True:
         signal.pause()

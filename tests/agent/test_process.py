@@ -141,12 +141,17 @@ def test_no_secret_of_ours_reaches_an_engine() -> None:
         "CUDA_VISIBLE_DEVICES": "0",
         "LD_LIBRARY_PATH": "/lib",
         "AWS_SECRET_ACCESS_KEY": "canary",
+        "HF_TOKEN": "canary",
+        "VLLM_API_KEY": "canary",
+        "WORKER_AGENT_CLUSTER_KEY": "canary",
         "OPENAI_API_KEY": "canary",
         "WORKER_AGENT_MODEL": "canary",
         "MY_PATH": "canary",
         "SSH_AUTH_SOCK": "canary",
     }
     assert allowed_environment(ours) == {name: value for name, value in ours.items() if value != "canary"}
+    fetching = allowed_environment(ours, fetches=True)
+    assert [name for name, value in fetching.items() if value == "canary"] == ["HF_TOKEN"]
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\n\r"), max_size=20)), st.data())

@@ -101,3 +101,25 @@ def test_a_balancers_address_must_be_one_that_can_be_looked_up(url: str) -> None
 )
 def test_names_and_addresses_are_balancers_addresses(url: str) -> None:
     assert load(None, {"balancers": (url,)}).balancers == (url,)
+
+
+def test_the_cluster_key_comes_from_its_file_and_is_never_shown(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text("sixteen-and-more-characters\n")
+    settings = load(None, {"cluster_key_file": file})
+    assert settings.cluster_key is not None
+    assert settings.cluster_key.get_secret_value() == "sixteen-and-more-characters"
+    assert "sixteen" not in repr(settings)
+    given = load(None, {"cluster_key_file": file, "cluster_key": "one-that-was-given-by-itself"})
+    assert given.cluster_key is not None
+    assert given.cluster_key.get_secret_value() == "one-that-was-given-by-itself"
+
+
+def test_a_cluster_key_that_cannot_be_used_is_told_without_its_words(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    with pytest.raises(SettingsError, match=r"cluster_key_file: .*key cannot be read: No such file"):
+        load(None, {"cluster_key_file": file})
+    file.write_text("too-short")
+    with pytest.raises(SettingsError, match="must hold at least 16 characters") as caught:
+        load(None, {"cluster_key_file": file})
+    assert "too-short" not in str(caught.value)

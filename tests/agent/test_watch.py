@@ -16,14 +16,15 @@ import orjson
 import pytest
 from aiohttp import web
 
-from agent.scenes import fake_plan, pids, until
+from agent.scenes import OneModel, fake_plan, pids, until
 from worker_agent import wire
 from worker_agent.changes import Changes
-from worker_agent.gateway import Gateway, GatewayPolicy
+from worker_agent.gateway import Gateway
 from worker_agent.liveness import LivenessPolicy
 from worker_agent.orphans import OrphanPolicy
 from worker_agent.plans import Plan
 from worker_agent.readiness import Address
+from worker_agent.resident import Resident
 from worker_agent.server import ServerPolicy, listening
 from worker_agent.supervised import Serving, SupervisedEngine
 from worker_agent.supervision import State, SupervisionPolicy
@@ -50,6 +51,7 @@ IMPATIENT = WatchPolicy(
 @dataclass
 class Room:
     gateway: Gateway
+    resident: Resident
     url: str
     client: aiohttp.ClientSession
 
@@ -65,14 +67,15 @@ async def room_before(engine: Backend, changes: Changes, watch: WatchPolicy) -> 
     def report() -> Report:
         return Report(id="a", state=EngineState.READY, engine="fake", slots=2)
 
-    gateway = Gateway(engine, report, changes, GatewayPolicy(watch=watch))
+    resident = Resident(engine, changes, watch)
+    gateway = Gateway(OneModel(resident), report, changes)
     connector = aiohttp.TCPConnector(force_close=True)
     async with (
+        resident.attended(),
         listening(gateway.application(), "127.0.0.1", 0, ServerPolicy()) as port,
-        gateway.looking_after_the_engine(),
         aiohttp.ClientSession(connector=connector) as client,
     ):
-        yield Room(gateway, f"http://127.0.0.1:{port}", client)
+        yield Room(gateway, resident, f"http://127.0.0.1:{port}", client)
 
 
 @pytest.fixture
@@ -164,12 +167,12 @@ async def test_a_slot_is_taken_until_the_engine_has_noticed_that_the_client_left
             async with room.ask("nap") as answer:
                 await answer.content.readany()
         await until(lambda: room.gateway.running == 0)
-        assert room.gateway.taken == 2
+        assert room.resident.watch.taken == 2
         assert await status_and_code(room) == (429, "no_free_slot")
         assert engine.serving is not None
         async with room.client.get(engine.serving.address.url + "/wake"):
             pass
-        await until(lambda: room.gateway.taken == 0)
+        await until(lambda: room.resident.watch.taken == 0)
         async with room.ask() as answer:
             assert answer.status == 200
         assert len(pids(starts)) == 1
@@ -180,7 +183,7 @@ async def test_an_answer_that_came_to_its_end_leaves_nothing_behind(starts: Path
         async with room.ask() as answer:
             assert (await answer.read()).endswith(b"data: [DONE]\n\n")
         await until(lambda: room.gateway.running == 0)
-        assert room.gateway.taken == 0
+        assert room.resident.watch.taken == 0
 
 
 async def test_one_that_works_for_nobody_for_too_long_is_restarted(starts: Path) -> None:
@@ -188,7 +191,7 @@ async def test_one_that_works_for_nobody_for_too_long_is_restarted(starts: Path)
         async with room.ask("nap") as answer:
             await answer.content.readany()
         await until(lambda: len(pids(starts)) == 2 and engine.state is State.READY)
-        assert room.gateway.taken == 0
+        assert room.resident.watch.taken == 0
 
 
 async def test_what_still_runs_at_the_end_is_told_so(starts: Path) -> None:
@@ -215,10 +218,14 @@ class Storyteller:
     goes_on: Callable[[str], str]
     asked: int = 0
     may_begin: asyncio.Event | None = None
+    hangs_up: bool = False
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         messages = (await request.json())["messages"]
         self.asked += 1
+        if self.hangs_up:
+            assert request.transport is not None
+            request.transport.abort()
         given = messages[-1]["content"] if messages and messages[-1]["role"] == "assistant" else None
         text = TEXT if given is None else self.goes_on(given)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
@@ -266,7 +273,7 @@ def exactly(given: str) -> str:
 async def test_one_that_goes_on_exactly_is_found_out_and_asked_to(starts: Path) -> None:
     storyteller = Storyteller(exactly)
     async with storytellers_room(storyteller, fake_plan(starts, "serve")) as room:
-        await until(lambda: room.gateway.continues)
+        await until(lambda: room.resident.watch.continues)
         assert storyteller.asked == 2
         begun = [{"role": "user", "content": "?"}, {"role": "assistant", "content": TEXT[:9]}]
         async with room.ask(messages=begun, headers={wire.CONTINUE_HEADER: "1"}) as answer:
@@ -284,10 +291,24 @@ async def test_one_that_does_not_is_not_asked_to(starts: Path, goes_on: Callable
     storyteller = Storyteller(goes_on)
     async with storytellers_room(storyteller, fake_plan(starts, "serve")) as room:
         await until(lambda: storyteller.asked == 6)  # three stories, twice each
-        assert not room.gateway.continues
+        assert not room.resident.watch.continues
         begun = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "In a deep"}]
         async with room.ask(messages=begun, headers={wire.CONTINUE_HEADER: "1"}) as answer:
             assert (answer.status, (await answer.json())["error"]["code"]) == (409, "cannot_continue")
+
+
+async def test_an_engine_that_goes_while_the_question_rests_is_just_gone(starts: Path) -> None:
+    storyteller = Storyteller(exactly, hangs_up=True)
+    patient = replace(PATIENT, probe_pause_seconds=60.0)
+    async with storytellers_room(storyteller, fake_plan(starts, "serve"), patient) as room:
+        await until(lambda: storyteller.asked == 1)
+        engine = room.resident.engine
+        assert isinstance(engine, Always)
+        looked = asyncio.get_running_loop().time() + 0.5
+        await until(lambda: asyncio.get_running_loop().time() > looked)
+        engine.serving = None
+        assert room.resident.watch.taken == 0
+        assert not room.resident.watch.continues
 
 
 async def test_a_client_that_does_not_read_is_not_taken_for_an_engine_that_is_stuck(starts: Path) -> None:
@@ -310,10 +331,10 @@ async def test_a_user_who_needs_the_slot_gets_it_and_the_question_is_asked_later
         await until(lambda: storyteller.asked == 1)
         async with room.ask() as answer:
             assert answer.status == 200
-            assert not room.gateway.continues
+            assert not room.resident.watch.continues
             storyteller.may_begin.set()
             assert (await answer.read()).endswith(b"data: [DONE]\n\n")
-        await until(lambda: room.gateway.continues)
+        await until(lambda: room.resident.watch.continues)
         assert storyteller.asked == 4  # the one that was given up, the user's, two that told
 
 
@@ -326,17 +347,17 @@ async def test_users_who_come_one_after_the_other_while_the_question_rests_are_s
         for _ in range(5):
             async with room.ask() as answer:
                 assert (answer.status, (await answer.read())[-14:]) == (200, b"data: [DONE]\n\n")
-            assert room.gateway.taken == 0
+            assert room.resident.watch.taken == 0
 
 
 async def test_whoever_has_read_an_answers_end_finds_the_slot_free(starts: Path) -> None:
     storyteller = Storyteller(exactly)
     async with storytellers_room(storyteller, fake_plan(starts, "serve", slots=1)) as room:
-        await until(lambda: room.gateway.continues)
+        await until(lambda: room.resident.watch.continues)
         for _ in range(50):
             async with room.ask() as answer:
                 assert answer.status == 200
                 async for line in answer.content:
                     if line == b"data: [DONE]\n":  # and not the end of HTTP's answer
                         break
-                assert room.gateway.taken == 0
+                assert room.resident.watch.taken == 0

