@@ -7,13 +7,13 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, TypeVar
 from urllib.parse import quote
 
-import aiohttp
 import orjson
 import typer
 import uvloop
@@ -21,14 +21,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from balancer import keeping, logs
+from balancer import admin_cli, keeping, logs
 from balancer import up as up_
+from balancer.admin_cli import DEFAULT_URL, JsonOption, KeyOption, UrlOption, asked, fail, key_for
 from balancer.app import PortTaken, Running, Stop, running
 from balancer.batch.cli import batch, presets
-from balancer.batch.client import root_of
 from balancer.config_file import ConfigFaults, read
 from balancer.core.dispatcher import WorkerView
 from balancer.inherited import NotASocket, listening_sockets, notify
+from balancer.keys import KeyFault
 from balancer.settings import Settings, SettingsError, load
 
 _T = TypeVar("_T")
@@ -45,6 +46,7 @@ config = typer.Typer(help="The JSON configuration file.", no_args_is_help=True)
 app.add_typer(config, name="config")
 app.add_typer(batch, name="batch")
 app.add_typer(presets, name="presets")
+app.add_typer(admin_cli.models, name="models")
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="The JSON file with workers and settings.")
@@ -57,7 +59,6 @@ DataOption = Annotated[
 MdnsOption = Annotated[
     bool | None, typer.Option("--mdns/--no-mdns", help="Find worker agents on the local network.")
 ]
-UrlOption = Annotated[str, typer.Option(envvar="BALANCER_URL", help="The running balancer.")]
 LogOption = Annotated[str | None, typer.Option("--log-level", help="DEBUG, INFO, WARNING or ERROR.")]
 
 
@@ -91,23 +92,25 @@ async def _up(settings: Settings, agent: up_.LocalAgent, stop: Stop) -> None:
     agent.hurried = stop.hurried
     async with running(settings) as balancer:
         local = up_.own_url(settings.host, balancer.port)
-        async with agent.running(local, settings.data_dir / "agent") as keeping:
-            ready = await _first(_shown(console, balancer, keeping), stop)
-            if ready is not None:
-                loopback_only = up_.is_loopback(settings.host)
-                _print_welcome(
-                    console,
-                    up_.welcome(
-                        ready,
-                        local=local,
-                        port=balancer.port,
-                        addresses=() if loopback_only else up_.lan_addresses(settings.host),
-                        loopback_only=loopback_only,
-                    ),
-                )
-                await _first(_ended(keeping), stop)
-            # The agent goes last: what is under way needs it.
-            await _finish(console, balancer, stop)
+        agent_dir = settings.data_dir / "agent"
+        with _reloading_on_hangup(balancer, stop):
+            async with agent.running(local, agent_dir, balancer.cluster_key) as keeping:
+                ready = await _first(_shown(console, balancer, keeping), stop)
+                if ready is not None:
+                    loopback_only = up_.is_loopback(settings.host)
+                    _print_welcome(
+                        console,
+                        up_.welcome(
+                            ready,
+                            local=local,
+                            port=balancer.port,
+                            addresses=() if loopback_only else up_.lan_addresses(settings.host),
+                            loopback_only=loopback_only,
+                        ),
+                    )
+                    await _first(_ended(keeping), stop)
+                # The agent goes last: what is under way needs it.
+                await _finish(console, balancer, stop)
 
 
 async def _shown(console: Console, balancer: Running, keeping: asyncio.Task[None]) -> WorkerView:
@@ -158,7 +161,7 @@ def serve(
     try:
         sockets = listening_sockets(os.environ, os.getpid(), listen_fd)
     except NotASocket as error:
-        _fail(str(error))
+        fail(str(error))
     _run(lambda stop: _serve(settings, sockets, stop, until_stdin_ends=until_stdin_ends))
 
 
@@ -170,9 +173,10 @@ async def _serve(
             # Whoever keeps us holds the other end, and writes nothing: it ends with its holder.
             asyncio.get_running_loop().add_reader(sys.stdin.fileno(), _end_with_keeper, stop)
         notify("READY=1", os.environ)
-        await stop.asked.wait()
-        notify("STOPPING=1", os.environ)
-        await _finish(Console(stderr=True), balancer, stop)
+        with _reloading_on_hangup(balancer, stop):
+            await stop.asked.wait()
+            notify("STOPPING=1", os.environ)
+            await _finish(Console(stderr=True), balancer, stop)
 
 
 def _end_with_keeper(stop: Stop) -> None:
@@ -197,7 +201,7 @@ def keep(
     try:
         listening = keeping.listen(settings.host, settings.port)
     except OSError as error:
-        _fail(
+        fail(
             f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}. "
             "Choose another port with --port.",
             status=1,
@@ -205,17 +209,17 @@ def keep(
     try:
         status = asyncio.run(keeping.keep(command, listening))
     except keeping.CannotStart as error:
-        _fail(str(error), status=error.status if error.status > 0 else 1)
+        fail(str(error), status=error.status if error.status > 0 else 1)
     raise typer.Exit(status)
 
 
 @app.command()
 def workers(
-    url: UrlOption = "http://127.0.0.1:4000",
-    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    url: UrlOption = DEFAULT_URL,
+    json: JsonOption = False,
 ) -> None:
     """Show the workers of a running balancer and how they are."""
-    room = _ask(url, "/health")
+    room = asked(url, "GET", "/health")
     if json:
         print(orjson.dumps(room, option=orjson.OPT_INDENT_2).decode())  # noqa: T201
         return
@@ -249,11 +253,14 @@ def why(
     request_id: Annotated[
         str, typer.Argument(metavar="ID", help="The X-Request-ID of an answer, or from the balancer's log.")
     ],
-    url: UrlOption = "http://127.0.0.1:4000",
-    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    url: UrlOption = DEFAULT_URL,
+    admin_key_file: KeyOption = None,
+    data_dir: DataOption = None,
+    json: JsonOption = False,
 ) -> None:
     """Say why a finished request went to the worker that it went to."""
-    told = _ask(url, f"/admin/requests/{quote(request_id, safe='')}/why")
+    key = key_for(url, admin_key_file, data_dir)
+    told = asked(url, "GET", f"/admin/requests/{quote(request_id, safe='')}/why", key=key)
     if json:
         print(orjson.dumps(told, option=orjson.OPT_INDENT_2).decode())  # noqa: T201
         return
@@ -287,60 +294,10 @@ def why(
         console.print(table)
 
 
-@app.command()
-def drain(
-    worker: Annotated[str, typer.Argument(metavar="WORKER", help="Its id, as `balancer workers` shows it.")],
-    undo: Annotated[bool, typer.Option("--undo", help="Let it get requests again.")] = False,
-    url: UrlOption = "http://127.0.0.1:4000",
-) -> None:
-    """Let a worker finish what it has and get nothing new, before it is stopped or updated.
-
-    To be asked for on the balancer's own machine.
-    """
-    action = "resume" if undo else "drain"
-    _ask(url, f"/admin/workers/{quote(worker, safe='')}/{action}", post=True)
-    Console().print(
-        Text(
-            f"{worker} gets requests again."
-            if undo
-            else f"{worker} gets nothing new; `balancer workers` shows what it still runs."
-        )
-    )
-
-
-def _ask(url: str, path: str, *, post: bool = False) -> dict[str, Any]:
-    """What a running balancer answers; ends the command with a sentence where it does not.
-
-    `url`: with or without scheme, and with or without the `/v1` of its endpoint.
-    """
-    root = root_of(url.strip())
-    try:
-        return asyncio.run(_request(f"{root if '://' in root else f'http://{root}'}{path}", post=post))
-    except aiohttp.ClientResponseError as error:
-        _fail(error.message, status=1)
-    except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-        _fail(
-            f"no balancer answers at {url} ({type(error).__name__}): is it running? `balancer up` starts one"
-        )
-
-
-async def _request(url: str, *, post: bool) -> dict[str, Any]:
-    async with (
-        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10)) as session,
-        session.post(url, json={}) if post else session.get(url) as response,
-    ):
-        answer: dict[str, Any] = orjson.loads(await response.read())
-        if response.status != 200:
-            raise aiohttp.ClientResponseError(
-                response.request_info, (), status=response.status, message=answer["error"]["message"]
-            )
-        return answer
-
-
-@config.callback()
-def _config() -> None:
-    # With a callback typer keeps `check` a word of its own even while it is the only command.
-    pass
+app.command()(admin_cli.drain)
+app.command()(admin_cli.undrain)
+app.command()(admin_cli.remove)
+config.command()(admin_cli.reload)
 
 
 @config.command()
@@ -349,7 +306,7 @@ def check(file: Annotated[Path, typer.Argument(metavar="FILE")]) -> None:
     try:
         content = read(file)
     except ConfigFaults as faults:
-        _fail(str(faults))
+        fail(str(faults))
     count = len(content.workers)
     print(f"{file}: fine, {count} worker{'' if count == 1 else 's'}")  # noqa: T201
 
@@ -367,7 +324,7 @@ def _settings(config: Path | None, **flags: object) -> Settings:
     try:
         settings = load(config, flags)
     except (ConfigFaults, SettingsError) as faults:
-        _fail(str(faults))
+        fail(str(faults))
     logs.set_up(settings.log_level)
     return settings
 
@@ -376,10 +333,25 @@ def _run(main: Callable[[Stop], Coroutine[Any, Any, None]]) -> None:
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_until_signalled(main))
-    except PortTaken as error:
-        _fail(str(error), status=1)
+    except (PortTaken, KeyFault) as error:
+        fail(str(error), status=1)
     except up_.AgentFailed as error:
-        _fail(f"the worker agent on this machine cannot run:\n{error}", status=1)
+        fail(f"the worker agent on this machine cannot run:\n{error}", status=1)
+
+
+@contextmanager
+def _reloading_on_hangup(balancer: Running, stop: Stop) -> Iterator[None]:
+    """SIGHUP has the configuration read again. But from a terminal it comes when that is closed, and `nohup`
+    wants nothing to happen then."""
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, stop.signal if sys.stdin.isatty() else balancer.reload)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
 
 
 async def _until_signalled(main: Callable[[Stop], Coroutine[Any, Any, None]]) -> None:
@@ -414,11 +386,6 @@ async def _first(work: Coroutine[Any, Any, _T], stop: Stop) -> _T | None:
 async def _ended(keeping: asyncio.Task[None]) -> None:
     await asyncio.wait((keeping,))  # not awaited itself: to stop waiting is not to stop the agent
     keeping.result()
-
-
-def _fail(message: str, status: int = CANNOT_RUN) -> NoReturn:
-    print(message, file=sys.stderr)  # noqa: T201
-    raise typer.Exit(status)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import logging
 import random
@@ -15,6 +16,10 @@ from ipaddress import ip_network
 
 import aiohttp
 
+from balancer import keys
+from balancer.admin import Admin, AdminPolicy, ConfigFault, Levers, NotReloaded, Reloaded
+from balancer.batch.presets import Shelf, own_folder
+from balancer.config_file import ConfigFaults, Fault, Tunables
 from balancer.connections import ConnectionPolicy
 from balancer.core.admission import AdmissionPolicy
 from balancer.core.batches import BatchPolicy
@@ -24,17 +29,19 @@ from balancer.core.errors import Conflict, ShuttingDown
 from balancer.core.model import Draining, Event, Served, Worker, WorkerId
 from balancer.core.placement import PlacementPolicy
 from balancer.core.retry import RetryPolicy
-from balancer.discovery import Browser, NotAdmitted, Roster, own_interfaces
+from balancer.discovery import Browser, Entry, NotAdmitted, Roster, own_interfaces
+from balancer.fleet_models import FleetModels, Stock
 from balancer.front import Front, FrontPolicy
 from balancer.history import History
 from balancer.hot_path import HttpServer, ServerPolicy
 from balancer.inference import Inference, InferencePolicy
 from balancer.journey import Journey, JourneyPolicy, Observer
+from balancer.keys import AdminKey
 from balancer.leases import TICK_SECONDS, Leases
 from balancer.metrics import Metrics
 from balancer.origins import OriginPolicy, Origins
 from balancer.relay import Relay
-from balancer.settings import Settings
+from balancer.settings import Settings, SettingsError
 from balancer.upstream import TimeoutPolicy, Upstream
 from balancer.watch import Watches, WatchPolicy
 from worker_agent.sources import Network, Sources
@@ -44,6 +51,10 @@ log = logging.getLogger(__name__)
 
 LAST_WORDS_SECONDS = 2.0
 """To tell the clients of what was cut short."""
+
+
+LIVE_SETTINGS = frozenset({"log_level"})
+"""Beside the workers, what takes effect when the configuration is read again."""
 
 
 class PortTaken(Exception):
@@ -75,10 +86,15 @@ class Running:
         server: HttpServer,
         drain_seconds: float,
         *,
+        cluster_key: str,
+        configuration: LiveConfiguration,
         hands_over: bool,
     ) -> None:
         """`hands_over`: the socket is inherited, and another process will accept from it."""
         self.port = port
+        self.cluster_key = cluster_key
+        """For an agent of our own."""
+        self._configuration = configuration
         self._server = server
         self._hands_over = hands_over
         self._leases = leases
@@ -93,6 +109,10 @@ class Running:
     def under_way(self) -> int:
         """Requests that have not ended."""
         return self._journey.under_way
+
+    def reload(self) -> None:
+        """The configuration is read again, in a while; the log says what came of it."""
+        self._configuration.reload_soon("SIGHUP")
 
     async def drain(self, stop: Stop) -> None:
         """Take nothing new, and let what is under way finish: for `drain_timeout`, or until hurried. What
@@ -120,24 +140,135 @@ class Running:
                 await self._journey.idle.wait()
 
 
+class LiveConfiguration:
+    """The settings that are in force, which the same file, variables and flags may change while all runs."""
+
+    def __init__(self, settings: Settings, put_room: Callable[[Sequence[Entry]], None]) -> None:
+        self._settings = settings
+        self._room = settings.room
+        self._log_level = settings.log_level
+        self._put_room = put_room
+        self._reading = asyncio.Lock()
+        self._soon: set[asyncio.Task[None]] = set()
+
+    def shown(self) -> Mapping[str, object]:
+        in_force = self._settings.model_dump(mode="json", exclude={"workers"})
+        workers = [dataclasses.asdict(entry.worker) for entry in self._room]  # headers hold secrets
+        for worker in workers:
+            worker["only"] = sorted(worker["only"])
+        file = self._settings.config
+        return {
+            "file": None if file is None else str(file),
+            "settings": {**in_force, "log_level": self._log_level},
+            "workers": workers,
+        }
+
+    async def reload(self, by: str) -> Reloaded:
+        async with self._reading:
+            if self._settings.config is None:
+                raise NotReloaded(
+                    [
+                        ConfigFault(
+                            "The balancer was started without --config: there is no file to read again."
+                        )
+                    ]
+                )
+            try:
+                fresh = await asyncio.to_thread(self._settings.read_again)
+            except ConfigFaults as error:
+                raise NotReloaded([_fault(one) for one in error.faults]) from None
+            except SettingsError as error:
+                raise NotReloaded([ConfigFault(line) for line in str(error).splitlines()]) from None
+            told = self._apply(fresh)
+            log.info("%s: the configuration was read again (%s)", by, told)
+            return told
+
+    def _apply(self, fresh: Settings) -> Reloaded:
+        before = {entry.worker.id: entry for entry in self._room}
+        after = {entry.worker.id: entry for entry in fresh.room}
+        both = before.keys() & after.keys()
+        self._put_room(fresh.room)
+        self._room = fresh.room
+        applied = []
+        if fresh.log_level != self._log_level:
+            self._log_level = fresh.log_level
+            logging.getLogger().setLevel(fresh.log_level)
+            applied.append("log_level")
+        return Reloaded(
+            added=tuple(sorted(after.keys() - before.keys())),
+            removed=tuple(sorted(before.keys() - after.keys())),
+            changed=tuple(sorted(name for name in both if before[name] != after[name])),
+            applied=tuple(applied),
+            needs_restart=_differing(self._settings, fresh),
+        )
+
+    def reload_soon(self, by: str) -> None:
+        """In a task; nobody waits for its outcome but the log."""
+
+        async def go() -> None:
+            try:
+                await self.reload(by)
+            except NotReloaded as refused:
+                log.error("%s: the configuration stays as it is: %s", by, refused)
+            except Exception:
+                log.exception("a defect of the balancer, in reading the configuration again")
+
+        # Kept in _soon until it ends; aclose awaits it.
+        task = asyncio.create_task(go(), name="reload")  # noqa: TID251
+        self._soon.add(task)
+        task.add_done_callback(self._soon.discard)
+
+    async def aclose(self) -> None:
+        for task in self._soon:
+            task.cancel()
+        await asyncio.gather(*self._soon, return_exceptions=True)
+
+
+def _fault(fault: Fault) -> ConfigFault:
+    place = fault.place
+    return ConfigFault(str(fault), place.line if place else None, place.column if place else None)
+
+
+def _differing(started: Settings, fresh: Settings) -> tuple[str, ...]:
+    """Settings that are other than what this process was started with, and hold from its next start on."""
+    names = [
+        name
+        for name in Tunables.model_fields
+        if name not in LIVE_SETTINGS and getattr(started, name) != getattr(fresh, name)
+    ]
+    for name in ("admin_key", "cluster_key"):  # themselves, wherever they come from
+        if getattr(started, name) != getattr(fresh, name) and f"{name}_file" not in names:
+            names.append(name)
+    return tuple(names)
+
+
+async def _keys(settings: Settings) -> keys.Keys:
+    """Raises `KeyFault`."""
+    own = await asyncio.to_thread(
+        keys.found, settings.data_dir, admin=settings.admin_key, cluster=settings.cluster_key
+    )
+    if own.made:
+        log.info("made new keys, for this machine's user alone: %s", ", ".join(map(str, own.made)))
+    return own
+
+
 @asynccontextmanager
 async def running(settings: Settings, sockets: Sequence[socket.socket] = ()) -> AsyncIterator[Running]:
     """A balancer from these settings, listening inside the block: on `sockets`, which listen already, or on
     the host and port of the settings.
 
     Leaving the block ends what is still under way and closes everything in the reverse order of its start;
-    whoever wants requests to finish awaits `Running.drain` first. Raises `PortTaken`.
+    whoever wants requests to finish awaits `Running.drain` first. Raises `PortTaken` and `KeyFault`.
     """
     loop = asyncio.get_running_loop()
     clock = loop.time
     chance = random.Random()
+    own_keys = await _keys(settings)
     async with AsyncExitStack() as stack:
         upstream = await stack.enter_async_context(
             Upstream(TimeoutPolicy(settings.connect_timeout, settings.read_timeout))
         )
-        headers: Mapping[WorkerId, Mapping[str, str]] = {
-            entry.worker.id: entry.headers for entry in settings.room
-        }
+        headers: dict[WorkerId, Mapping[str, str]] = {}
         nothing: Mapping[str, str] = {}
 
         def headers_for(worker: Worker) -> Mapping[str, str]:
@@ -148,8 +279,14 @@ async def running(settings: Settings, sockets: Sequence[socket.socket] = ()) -> 
         leases = await stack.enter_async_context(Leases(dispatcher, clock, relay.probe))
         session = await stack.enter_async_context(_watch_session(settings))
 
-        def heard(event: Event) -> None:
+        stock = Stock()
+
+        def told(event: Event) -> None:
+            stock.notice(event)
             leases.tell(event)
+
+        def heard(event: Event) -> None:
+            told(event)
             roster.notice(event)
 
         watches = Watches(
@@ -157,10 +294,19 @@ async def running(settings: Settings, sockets: Sequence[socket.socket] = ()) -> 
             session=session,
             policy=WatchPolicy(interval_seconds=settings.health_check_interval),
             is_at_work=leases.is_at_work,
+            on_report=stock.heard,
         )
         stack.push_async_callback(watches.aclose)
-        roster = Roster(tell=leases.tell, watches=watches, clock=clock)
-        roster.static(settings.room)
+        roster = Roster(tell=told, watches=watches, clock=clock)
+
+        def put_room(entries: Sequence[Entry]) -> None:
+            headers.clear()
+            headers.update((entry.worker.id, entry.headers) for entry in entries)
+            roster.static(entries)
+
+        put_room(settings.room)
+        configuration = LiveConfiguration(settings, put_room)
+        stack.push_async_callback(configuration.aclose)
 
         def join(asking: Join, address: str) -> None:
             try:
@@ -203,14 +349,30 @@ async def running(settings: Settings, sockets: Sequence[socket.socket] = ()) -> 
             leases.tell(Draining(worker_id, on))
             return known
 
+        models = FleetModels(
+            stock, session, own_keys.cluster, headers=headers_for, is_draining=_drainings(leases.snapshot)
+        )
+        stack.push_async_callback(models.aclose)
+        admin = Admin(
+            AdminKey(own_keys.admin, clock),
+            Levers(
+                snapshot=leases.snapshot,
+                drain=drain,
+                membership=roster,
+                models=models,
+                find=history.find,
+                shelf=Shelf(own_folder()),
+                configuration=configuration,
+            ),
+            AdminPolicy(body_seconds=settings.body_timeout),
+        )
         front = Front(
             inference,
             FrontPolicy(body_seconds=settings.body_timeout, slow_reader_seconds=settings.slow_reader_timeout),
             snapshot=leases.snapshot,
-            drain=drain,
             join=join,
-            find=history.find,
             metrics=metrics,
+            admin=admin.application(),
         )
         await stack.enter_async_context(_ticking(leases.tick, TICK_SECONDS))
         await stack.enter_async_context(_ticking(roster.tick, 1.0))
@@ -233,8 +395,18 @@ async def running(settings: Settings, sockets: Sequence[socket.socket] = ()) -> 
         gc.freeze()  # what lives as long as the process need not be looked at by every collection
         log.info("listening on http://%s:%d", settings.host, port)
         yield Running(
-            port, leases, journey, inference, server, settings.drain_timeout, hands_over=bool(sockets)
+            *(port, leases, journey, inference, server, settings.drain_timeout),
+            cluster_key=own_keys.cluster,
+            configuration=configuration,
+            hands_over=bool(sockets),
         )
+
+
+def _drainings(snapshot: Callable[[], Snapshot]) -> Callable[[WorkerId], bool]:
+    def is_draining(worker_id: WorkerId) -> bool:
+        return any(view.worker.id == worker_id and view.state == "draining" for view in snapshot().workers)
+
+    return is_draining
 
 
 @asynccontextmanager

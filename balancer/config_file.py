@@ -16,6 +16,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
@@ -39,7 +40,7 @@ from pydantic_settings import NoDecode
 
 from balancer.core.model import ModelName, Worker, WorkerId
 from balancer.core.placement import POLICIES
-from balancer.worker_types import DEFAULT_TYPE, OLLAMA_DEFAULT_TAG, WORKER_TYPES
+from balancer.worker_types import DEFAULT_TYPE, OLLAMA_DEFAULT_TAG, WORKER_TYPES, WorkerType, row_of
 from worker_agent.sources import Network, parse_networks
 
 MAX_FILE_BYTES = 1024 * 1024
@@ -113,6 +114,7 @@ def _printable(value: str) -> str:
 
 Name = Annotated[str, Field(min_length=1, max_length=128)]
 PrintableName = Annotated[Name, AfterValidator(_printable)]
+KeyFile = Annotated[str, Field(min_length=1, max_length=1024)]
 Seconds = Annotated[float, Field(ge=0.1, le=86_400)]
 Weight = Annotated[float, Field(ge=0, le=1000)]
 
@@ -142,15 +144,64 @@ class SecretReference(_Strict):
         return self
 
 
-class WorkerEntry(_Strict):
-    """One serving endpoint of the room."""
+class Location(NamedTuple):
+    """Where a worker is."""
 
-    host: Annotated[str, Field(min_length=1, max_length=253)]
-    """Name or address of the machine, alone: no `http://`, no port."""
+    tls: bool
+    host: str
+    port: int
+    path: str
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'https' if self.tls else 'http'}://{host}:{self.port}{self.path}"
+
+
+_URL = re.compile(
+    r"(?P<scheme>https?)://(?P<host>\[[^\]/]+\]|[^:/\[\]]+)(:(?P<port>\d{1,5}))?(?P<path>(/[A-Za-z0-9._~-]+)*)/?"
+)
+
+
+def located(url: str, port: int) -> Location:
+    """The parts of a url; where it names no port, 443 for https, and this one for http.
+
+    Raises `ValueError` for what is no such url.
+    """
+    found = _URL.fullmatch(url)
+    if found is None:
+        raise ValueError(
+            f"{_shown(_harmless(url))} is not a url: expected one like https://host:port or https://host/v1,"
+            " without user, question mark or key"
+        )
+    tls = found["scheme"] == "https"
+    number = int(found["port"] or (443 if tls else port))
+    if not 1 <= number <= 65535:
+        raise ValueError(f"{number} is not a port: expected one from 1 to 65535")
+    return Location(tls, _bare_host(found["host"]), number, found["path"])
+
+
+def _plain_url(value: str) -> str:
+    located(value, 80)
+    return value
+
+
+class WorkerEntry(_Strict):
+    """One serving endpoint of the room, or a remote API to fall back on."""
+
+    host: Annotated[str, Field(min_length=1, max_length=253)] | None = None
+    """Name or address of the machine, alone: no `http://`, no port. Or give `url`."""
     port: int | None = Field(default=None, ge=1, le=65535)
-    """Left out: 4100 for agent, 11434 for ollama, 1234 for lm_studio, 8000 for openai."""
-    type: Literal["agent", "ollama", "lm_studio", "openai"] = DEFAULT_TYPE
-    """How to talk to it. Left out: openai, which every compatible server answers to."""
+    """Left out: 4100 for agent, 11434 for ollama, 1234 for lm_studio, 8080 for llama_cpp, 8000 for openai and
+    vllm."""
+    url: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    """In place of `host`, `port` and `tls`: `https://host:port`. A path after it stands for `/v1`, as in the
+    `base_url` of OpenAI's SDKs: `https://api.example.com/api/v1`."""
+    type: Literal["agent", "ollama", "lm_studio", "openai", "llama_cpp", "vllm", "azure", "anthropic"] = (
+        DEFAULT_TYPE
+    )
+    """How to talk to it. Left out: openai, which every compatible server answers to. llama_cpp and vllm tell
+    more of themselves than that. azure and anthropic are remote APIs, and always fallbacks."""
     id: PrintableName | None = None
     """Its name in logs, metrics and the dashboard. Left out: `host:port`. For an agent: its own id."""
     model: PrintableName | None = None
@@ -160,26 +211,118 @@ class WorkerEntry(_Strict):
     )
     """Further names under which clients may ask, each with this worker's own name of the model: {"qwen":
     "qwen2.5:7b-instruct-q4_K_M"}. Workers with one alias for their models share the requests for it."""
+    fallback: bool | None = None
+    """It is outside of the room, and may cost money: asked only where no worker of the room can answer, and
+    never for a request that is to stay local. Left out: true for azure and anthropic, else false."""
+    models: Annotated[dict[PrintableName, PrintableName], Field(max_length=MAX_ALIASES)] = Field(
+        default_factory=dict
+    )
+    """Of a fallback: the names under which clients may ask, each with the API's own name (for azure: of the
+    deployment): {"llama-3.1-8b": "gpt-4o-mini"}. It is asked for these and no others."""
     max_concurrent_requests: int | None = Field(default=None, ge=1, le=4096)
     """At most so many requests at once. Left out: 5, and for an agent what its engine can do."""
     continues: bool | None = None
     """Whether it goes on with a chat answer that another worker began and could not end. Left out: tried
     with three short questions of our own when it first matters. An agent says so itself."""
     api_key: SecretReference | None = None
-    """Sent as `Authorization: Bearer` to a worker of type openai."""
+    """Sent as `Authorization: Bearer`; to azure as `api-key`, to anthropic as `x-api-key`."""
+    api_version: Annotated[str, Field(min_length=1, max_length=32)] | None = None
+    """Of type azure: the dated API to speak, `2024-10-21`. Left out: the newer one, which has no dates."""
     tls: bool = False
     """Speak HTTPS to it."""
+    ca_file: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    """Certificates (PEM) by which its own is verified, in place of those that the system trusts: of a private
+    CA, or its own. A relative path starts at the folder of this JSON file."""
 
     @field_validator("host")
     @classmethod
-    def _host_alone(cls, value: str) -> str:
-        return _bare_host(value)
+    def _host_alone(cls, value: str | None) -> str | None:
+        return None if value is None else _bare_host(value)
+
+    @field_validator("url")
+    @classmethod
+    def _url_without_secrets(cls, value: str | None) -> str | None:
+        return None if value is None else _plain_url(value)
+
+    @field_validator("api_version")
+    @classmethod
+    def _a_date(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"\d{4}-\d{2}-\d{2}(-preview)?", value):
+            raise ValueError(f"{_shown(value)} is no version of Azure's API: expected one like 2024-10-21")
+        return value
+
+    @model_validator(mode="after")
+    def _is_somewhere(self) -> WorkerEntry:
+        if self.host is None and self.url is None and self._row.default_url is None:
+            if self.type == "azure":
+                raise ValueError('"url" is missing: expected one like "https://NAME.openai.azure.com"')
+            raise ValueError('"host" is missing: expected the name or address of a machine, or "url" instead')
+        if self.url is not None:
+            for key in ("host", "port", "tls"):
+                if key in self.model_fields_set:
+                    raise _Misnamed(f'"url" says it all: leave out "{key}"', key, key=True)
+        if self.type == "agent" and self._path:
+            raise _Misnamed(
+                f"an agent has no path: expected the url without {_shown(self._path)}", "url", key=False
+            )
+        if self.ca_file is not None and not self._is_https:
+            raise _Misnamed(
+                'ca_file is for https: add "tls": true, or write https:// in the url', "ca_file", key=True
+            )
+        return self
 
     @model_validator(mode="after")
     def _key_where_it_is_sent(self) -> WorkerEntry:
-        if self.api_key is not None and self.type != "openai":
-            raise ValueError(f'api_key is sent to type openai only, this worker is of type "{self.type}"')
+        if self.api_key is not None and self._row.key_headers is None:
+            takers = ", ".join(name for name, row in WORKER_TYPES.items() if row.key_headers is not None)
+            raise ValueError(f'api_key is sent to the types {takers}; this worker is of type "{self.type}"')
         return self
+
+    @model_validator(mode="after")
+    def _fallbacks_are_told_from_the_room(self) -> WorkerEntry:
+        if self._row.is_remote and self.fallback is False:
+            raise _Misnamed(f"type {self.type} is always a fallback: leave this out", "fallback", key=False)
+        if self.fallback and not self._row.is_remote and self.type != DEFAULT_TYPE:
+            raise _Misnamed(
+                f"type {self.type} is of the room: a fallback is of type openai, azure or anthropic",
+                *("fallback",),
+                key=False,
+            )
+        if self.is_fallback:
+            self._insist_on_what_a_fallback_needs()
+        elif self.models:
+            raise _Misnamed(
+                '"models" is for a fallback: use "aliases" for a worker of the room', "models", key=True
+            )
+        if self.api_version is not None and self.type != "azure":
+            raise _Misnamed("api_version is for type azure", "api_version", key=True)
+        return self
+
+    def _insist_on_what_a_fallback_needs(self) -> None:
+        for key, why in (
+            ("aliases", 'its names stand in "models"'),
+            ("model", 'its names stand in "models"'),
+            ("continues", "it goes on with no answer that was begun in the room"),
+        ):
+            if key in self.model_fields_set:
+                raise _Misnamed(f"a fallback has no {_shown(key)}: {why}", key, key=True)
+        if self.api_key is None:
+            raise ValueError(
+                '"api_key" is missing: a remote API is used with a key only, expected {"env": "NAME"} or'
+                ' {"file": "PATH"}'
+            )
+        if not self.models:
+            raise ValueError(
+                '"models" is missing: expected what may be asked of it, {"name for clients": "name there"}'
+            )
+        if self._row.is_remote and not self._is_https:
+            raise ValueError(
+                f"type {self.type} is spoken to over https only: its key would be read by others"
+            )
+        for name, own in self.models.items():
+            # It becomes a part of the path.
+            if self.api_version is not None and not re.fullmatch(r"[A-Za-z0-9_.-]+", own):
+                raise _Misnamed(f"{_shown(own)} is no name of a deployment", "models", name, key=False)
 
     @model_validator(mode="after")
     def _continues_where_nobody_says(self) -> WorkerEntry:
@@ -210,29 +353,59 @@ class WorkerEntry(_Strict):
         return own
 
     @property
+    def _row(self) -> WorkerType:
+        return WORKER_TYPES[self.type]
+
+    @property
+    def is_fallback(self) -> bool:
+        return self._row.is_remote or bool(self.fallback)
+
+    @property
+    def _address(self) -> Location:
+        if self.host is not None:
+            return Location(self.tls, self.host, self.port or self._row.default_port, "")
+        return located(self.url or self._row.default_url or "", self._row.default_port)
+
+    @property
+    def _is_https(self) -> bool:
+        return self._address.tls
+
+    @property
+    def _path(self) -> str:
+        return self._address.path
+
+    @property
     def effective_port(self) -> int:
-        return self.port or WORKER_TYPES[self.type].default_port
+        return self._address.port
 
     @property
     def effective_id(self) -> WorkerId:
-        return WorkerId(self.id or f"{self.host}:{self.effective_port}")
+        return WorkerId(self.id or f"{self._address.host}:{self.effective_port}")
+
+    def headers(self, key: str) -> Mapping[str, str]:
+        """What carries its key with every request."""
+        made = row_of(self.worker()).key_headers
+        return {} if made is None else made(key)
 
     def worker(self) -> Worker:
         """The unit of routing that this entry describes, defaults filled in."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
         cap = self.max_concurrent_requests
         if cap is None and self.type != "agent":  # only an agent knows how much its engine does at once
             cap = DEFAULT_MAX_CONCURRENT_REQUESTS
+        names = self.models if self.is_fallback else self.aliases
         return Worker(
             id=self.effective_id,
             type=self.type,
-            url=f"{'https' if self.tls else 'http'}://{host}:{self.effective_port}",
+            url=self._address.url,
             cap=cap,
             only=frozenset() if self.model is None else frozenset({ModelName(self.model)}),
             aliases=tuple(
-                (ModelName(alias), ModelName(self._as_configured(own))) for alias, own in self.aliases.items()
+                (ModelName(name), ModelName(self._as_configured(own))) for name, own in names.items()
             ),
             continues=self.continues,
+            fallback=self.is_fallback,
+            ca_file=self.ca_file,
+            api_version=self.api_version,
         )
 
 
@@ -348,6 +521,12 @@ class Tunables(_Strict):
         Path, BeforeValidator(_folder), WithJsonSchema({"type": ["string", "null"], "minLength": 1})
     ] = Field(default_factory=_default_data_dir)
     """Where batches and files are kept; null: the platform's place under the home directory."""
+    admin_key_file: KeyFile | None = None
+    """Holds the key for /admin; null: `admin_key` in data_dir, made on the first start. A relative path
+    starts at the folder of this JSON file. The variable BALANCER_ADMIN_KEY comes before it."""
+    cluster_key_file: KeyFile | None = None
+    """Holds the key with which agents let their models be managed; null: `cluster_key` in data_dir, made on
+    the first start. A relative path as above. The variable BALANCER_CLUSTER_KEY comes before it."""
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_capital)] = "INFO"
     """The least that is logged."""
     allow_networks: Annotated[
@@ -448,6 +627,11 @@ class ConfigFile(Tunables):
     """The JSON schema that an editor may use for completion."""
     workers: Annotated[tuple[WorkerEntry, ...], Field(max_length=MAX_WORKERS)] = ()
     """The workers that always belong to the room; agents also join by themselves."""
+
+
+def published_schema() -> str:
+    """The JSON schema of the file, as `configs/balancer.schema.json` has it."""
+    return json.dumps(_schema() | {"title": "The JSON file of llm-room-balancer"}, indent=2) + "\n"
 
 
 # Reading ...
@@ -882,21 +1066,29 @@ def _did_you_mean(word: str, known: Sequence[str], *, listed: bool = True) -> st
 def _clashes(root: _Node) -> Iterator[_Complaint]:
     """Two workers under one id, or one server listed twice; read from the nodes, valid entries or not."""
     ids: dict[str, Place] = {}
-    servers: dict[tuple[str, int], Place] = {}
+    servers: dict[tuple[str, int, str], Place] = {}
     for entry in _entries(root):
         place = _place(entry.token)
         scalars = {key: (place, value) for key, place, value in _scalars(entry)}
         _, host = scalars.get("host", (place, None))
         _, kind = scalars.get("type", (place, DEFAULT_TYPE))
         _, port = scalars.get("port", (place, None))
-        if port is None and isinstance(kind, str) and kind in WORKER_TYPES:
-            port = WORKER_TYPES[kind].default_port
+        row = WORKER_TYPES.get(kind) if isinstance(kind, str) else None
+        if port is None and row is not None:
+            port = row.default_port
+        at_server, url = scalars.get("url", (place, row.default_url if row is not None else None))
+        path = ""
+        if isinstance(host, str):
+            at_server = scalars["host"][0]
+        elif isinstance(url, str):
+            with suppress(ValueError):
+                _, host, port, path = located(url, port if isinstance(port, int) else 80)
         at_id, own = scalars.get("id", (place, None))
         if isinstance(host, str) and isinstance(port, int):
             server = f"{host}:{port}"
-            earlier = servers.setdefault((host.lower().strip("[]"), port), place)
+            earlier = servers.setdefault((host.lower().strip("[]"), port, path), place)
             if earlier is not place:
-                yield scalars["host"][0], f"{_shown(server)} is the worker of line {earlier.line} already"
+                yield at_server, f"{_shown(server + path)} is the worker of line {earlier.line} already"
             else:
                 own = own or server
         if isinstance(own, str):
@@ -931,9 +1123,8 @@ def _bare_host(value: str) -> str:
         alone = rest.split("/")[0].rpartition("@")[2].split(":")[0]
         advice = f": write {_shown(alone)}" if alone else ""
         tls = ', and "tls": true beside it' if scheme.lower() == "https" else ""
-        harmless = scheme + found + rest.split("/")[0].rpartition("@")[2]  # no password on a screen
         raise ValueError(
-            f"{_shown(harmless)} is an address with a scheme, expected the host alone{advice}{tls}"
+            f"{_shown(_harmless(value))} is an address with a scheme, expected the host alone{advice}{tls}"
         )
     bare = value[1:-1] if value.startswith("[") and value.endswith("]") else value
     if _is_ipv6(bare):
@@ -946,6 +1137,12 @@ def _bare_host(value: str) -> str:
             f"{_shown(value)} is not a host: expected a name like mac-studio.local, or an address"
         )
     return value
+
+
+def _harmless(url: str) -> str:
+    """Without a password, and what else may be no matter for a screen."""
+    scheme, found, rest = url.partition("://")
+    return scheme + found + rest.split("/")[0].split("?")[0].rpartition("@")[2] if found else url
 
 
 def _is_ipv6(text: str) -> bool:

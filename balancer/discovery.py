@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 MAX_GUESTS = 256  # workers that the config does not list
 MAX_ADDRESSES = 8  # of one announcement
+MAX_BANNED = 256  # workers that somebody has removed
 MAX_REFUSALS_TOLD = 64  # a warning each, in all; anybody may announce anything
 FORGET_AFTER_SECONDS = 600.0
 EVICT_AFTER_SECONDS = 30.0
@@ -53,6 +54,10 @@ class NotAdmitted(Exception):
     """A join is refused; the sentence says why and what to do, fit for the answer to the agent."""
 
 
+class TooManyBanned(Exception):
+    """As many workers are kept out as can be; a sentence for people."""
+
+
 class Watching(Protocol):
     """The part of `watch.Watches` that the roster needs."""
 
@@ -66,6 +71,9 @@ class _Source(enum.IntEnum):
     FOUND = 1
     JOINED = 2
     STATIC = 3
+
+
+_SOURCE_WORDS = {_Source.FOUND: "mdns", _Source.JOINED: "join", _Source.STATIC: "config"}
 
 
 @dataclass(slots=True)
@@ -105,6 +113,9 @@ class Roster:
         self._agent_headers = dict(agent_headers or {})
         self._interfaces = interfaces or own_interfaces
         self._members: dict[WorkerId, _Member] = {}
+        self._listed: dict[WorkerId, Entry] = {}
+        """What the config has, removed by hand or not."""
+        self._banned: set[WorkerId] = set()
         self._refusals_told: set[tuple[str, frozenset[str]]] = set()
 
     @property
@@ -112,11 +123,30 @@ class Roster:
         """The room as it is now."""
         return tuple(member.worker for member in self._members.values())
 
+    @property
+    def sources(self) -> Mapping[WorkerId, str]:
+        """How each came to be known: `config`, `join` or `mdns`."""
+        return {worker_id: _SOURCE_WORDS[member.source] for worker_id, member in self._members.items()}
+
+    @property
+    def banned(self) -> tuple[WorkerId, ...]:
+        """Those that were removed and stay out, sorted."""
+        return tuple(sorted(self._banned))
+
     # Three ways in ...
 
     def static(self, entries: Iterable[Entry]) -> None:
-        """Replaces what the config lists; workers that are listed as before are left in peace."""
-        listed = {entry.worker.id: entry for entry in entries}
+        """Replaces what the config lists; workers that are listed as before are left in peace. What it lists
+        is let in, even if it was removed before."""
+        self._listed = {entry.worker.id: entry for entry in entries}
+        self._banned -= self._listed.keys()
+        self._insist_on_listed()
+
+    def _insist_on_listed(self) -> None:
+        """Whoever the config lists is in the room, as it is listed, unless it was removed by hand."""
+        listed = {
+            worker_id: entry for worker_id, entry in self._listed.items() if worker_id not in self._banned
+        }
         urls = {entry.worker.url for entry in listed.values()}
         for worker_id, member in list(self._members.items()):
             if worker_id in listed:
@@ -164,6 +194,32 @@ class Roster:
                 self._refusals_told.add(refusal)
                 log.warning("agent %s, announced at %s, stays out: %s", agent_id, urls[0], refused)
 
+    # ... and one way out
+
+    def remove(self, worker_id: WorkerId) -> bool:
+        """Takes a worker out of the room and keeps it out, however it announces itself: until `admit`, and
+        one that the config lists until `static`. What runs on it may finish. False: there is none of that id.
+
+        Raises `TooManyBanned`.
+        """
+        if worker_id not in self._members:
+            return False
+        if len(self._banned) >= MAX_BANNED:
+            raise TooManyBanned(f"{MAX_BANNED} workers were removed already, and are kept out")
+        self._banned.add(worker_id)
+        self._remove(worker_id, "it was removed by hand")
+        return True
+
+    def admit(self, worker_id: WorkerId) -> bool:
+        """Takes a removal back: what the config lists is in the room again at once, an agent when it next
+        announces itself. False: it was not removed."""
+        if worker_id not in self._banned:
+            return False
+        self._banned.discard(worker_id)
+        if worker_id in self._listed:
+            self._insist_on_listed()
+        return True
+
     # What becomes of them ...
 
     def notice(self, event: Event) -> None:
@@ -202,6 +258,11 @@ class Roster:
 
     def _welcome(self, worker_id: WorkerId, urls: tuple[str, ...], source: _Source) -> None:
         """An agent says that it is there, at one of these. Raises `NotAdmitted`."""
+        if worker_id in self._banned:
+            raise NotAdmitted(
+                f'"{worker_id}" was removed from this room by hand; to let it in again: '
+                f"POST /admin/workers/{worker_id}/admit, or restart the balancer"
+            )
         known = self._members.get(worker_id)
         if known is not None and known.source > source and not self._is_given_up(known):
             return

@@ -15,19 +15,17 @@ from typing import cast
 import orjson
 from aiohttp import web
 
-from balancer.core.dispatcher import Snapshot
+from balancer.core.dispatcher import Snapshot, WorkerView
 from balancer.core.errors import (
     BadRequest,
     BodyTimeout,
-    Forbidden,
     MethodNotAllowed,
     ModelNotFound,
     NotFound,
     RequestError,
 )
-from balancer.core.model import Endpoint, ModelName, Served, WorkerId
+from balancer.core.model import Endpoint, ModelName
 from balancer.dialects import openai
-from balancer.history import why
 from balancer.identity import conflicts
 from balancer.inference import (
     Head,
@@ -38,7 +36,6 @@ from balancer.inference import (
     request_id,
 )
 from balancer.metrics import CONTENT_TYPE, Metrics
-from worker_agent.sources import is_loopback
 from worker_agent.wire import JOIN_PATH, Join, WireError, parse_join
 
 log = logging.getLogger(__name__)
@@ -66,21 +63,18 @@ class Front:
         policy: FrontPolicy,
         *,
         snapshot: Callable[[], Snapshot],
-        drain: Callable[[WorkerId, bool], bool],
         join: Callable[[Join, str], None],
-        find: Callable[[str], Served | None],
         metrics: Metrics | None,
+        admin: web.Application,
     ) -> None:
-        """`drain`: lets a worker get nothing new, or takes that back; False: there is no such worker. `join`:
-        what to do with an agent that asks to be watched, and its address. `find`: a finished request by its
-        id. `metrics`: None where they are switched off."""
+        """`join`: what to do with an agent that asks to be watched, and its address. `metrics`: None where
+        they are switched off. `admin`: what is answered under `/admin`; it sees to the key by itself."""
         self._inference = inference
         self._policy = policy
         self._snapshot = snapshot
-        self._drain = drain
         self._join = join
-        self._find = find
         self._metrics = metrics
+        self._admin = admin
 
     def application(self) -> web.Application:
         app = web.Application(
@@ -93,10 +87,8 @@ class Front:
         app.router.add_get("/health", self._health)
         app.router.add_get("/readyz", self._ready)
         app.router.add_get("/metrics", self._scrape)
-        app.router.add_get("/admin/requests/{id}/why", self._why)
-        app.router.add_post("/admin/workers/{id}/drain", self._draining(on=True))
-        app.router.add_post("/admin/workers/{id}/resume", self._draining(on=False))
         app.router.add_post(JOIN_PATH, self._joining)
+        app.add_subapp("/admin", self._admin)  # with a middleware of its own, around whatever is in there
         return app
 
     @web.middleware
@@ -122,6 +114,8 @@ class Front:
             )
             if isinstance(error, web.HTTPMethodNotAllowed):
                 response.headers["Allow"] = ", ".join(sorted(error.allowed_methods))
+            if refusal.status == 401:
+                response.headers["WWW-Authenticate"] = 'Bearer realm="balancer"'
         if self._inference.draining:
             response.force_close()
         return response
@@ -181,26 +175,6 @@ class Front:
         if self._metrics is None:
             raise NotFound("Metrics are switched off (ENABLE_METRICS=false).")
         return web.Response(body=self._metrics.render(), headers={"Content-Type": CONTENT_TYPE})
-
-    async def _why(self, request: web.Request) -> web.Response:
-        """Why a finished request went where it went. Holds no text of it."""
-        served = self._find(request.match_info["id"])
-        if served is None:
-            raise NotFound(
-                "No finished request of that id is remembered: it may be too long ago, or still under way."
-            )
-        return _json(why(served))
-
-    def _draining(self, *, on: bool) -> Handler:
-        async def handle(request: web.Request) -> web.StreamResponse:
-            _insist_on_this_machine(request)
-            await self._body(request)
-            worker_id = WorkerId(request.match_info["id"])
-            if not self._drain(worker_id, on):
-                raise NotFound("There is no worker of that id: `balancer workers` lists them.")
-            return _json({"worker": worker_id, "draining": on})
-
-        return handle
 
     async def _joining(self, request: web.Request) -> web.Response:
         try:
@@ -306,14 +280,6 @@ def _headers(request: web.Request) -> Mapping[str, str]:
     return {name.lower(): value for name, value in request.headers.items()}
 
 
-def _insist_on_this_machine(request: web.Request) -> None:
-    """Until there are keys, only who sits at this machine changes anything; and no web page does."""
-    if not is_loopback(request.remote or ""):
-        raise Forbidden("This can be asked for on the balancer's own machine only.")
-    if "Origin" in request.headers or "Sec-Fetch-Site" in request.headers:
-        raise Forbidden("This can't be asked for by a web page.")
-
-
 def _as_refusal(request: web.Request, error: Exception) -> RequestError:
     """Any error as one that has a form for clients."""
     match error:
@@ -338,27 +304,29 @@ def room_body(room: Snapshot) -> Mapping[str, object]:
         "waiting_batch": room.waiting_batch,
         "running": room.running,
         "warnings": conflicts(room.models),
-        "workers": [
-            {
-                "id": view.worker.id,
-                "type": view.worker.type,
-                "url": view.worker.url,
-                "state": view.state,
-                "detail": view.detail,
-                "breaker": view.breaker.value,
-                "running": view.running,
-                "slots": view.slots,
-                "models": view.models,
-                "success_rate": round(view.success_rate, 4),
-                "average_seconds": view.average_seconds,
-                "prefill_tokens_per_second": _rounded(view.prefill_tokens_per_second),
-                "tokens_per_second": _rounded(view.tokens_per_second),
-                "engine": view.engine,
-                "hardware": view.hardware,
-                "advice": view.advice,
-            }
-            for view in room.workers
-        ],
+        "workers": [worker_body(view) for view in room.workers],
+    }
+
+
+def worker_body(view: WorkerView) -> Mapping[str, object]:
+    """One worker as JSON."""
+    return {
+        "id": view.worker.id,
+        "type": view.worker.type,
+        "url": view.worker.url,
+        "state": view.state,
+        "detail": view.detail,
+        "breaker": view.breaker.value,
+        "running": view.running,
+        "slots": view.slots,
+        "models": view.models,
+        "success_rate": round(view.success_rate, 4),
+        "average_seconds": view.average_seconds,
+        "prefill_tokens_per_second": _rounded(view.prefill_tokens_per_second),
+        "tokens_per_second": _rounded(view.tokens_per_second),
+        "engine": view.engine,
+        "hardware": view.hardware,
+        "advice": view.advice,
     }
 
 

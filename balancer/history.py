@@ -44,6 +44,7 @@ def why(served: Served) -> dict[str, Any]:
         "seconds": round(served.seconds, 6),
         "service_class": served.service_class.value,
         "warm_ups": served.warm_ups,
+        "fallback": served.fallback,
         "attempts": [_attempt(attempt) for attempt in served.attempts],
     }
 
@@ -52,6 +53,7 @@ def _attempt(attempt: Attempt) -> dict[str, Any]:
     measures = attempt.measures
     return {
         "worker": attempt.worker_id,
+        "fallback": attempt.fallback,
         "because": attempt.choice.because or None,
         "ended": attempt.cause or "answered",
         "detail": attempt.detail,

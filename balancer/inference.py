@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from balancer.core.errors import (
@@ -47,10 +47,17 @@ MAX_HOPS = 4
 PRIORITY_HEADER = "X-Priority"
 """A request's class, by name. Goes on to the worker, which may be a balancer too; others ignore it."""
 
+LOCAL_ONLY_HEADER = "X-Local-Only"
+"""`true` or `1`: the request must not leave the room, whatever fallbacks there are. Goes on to the worker."""
+FALLBACK_HEADER = "X-Balancer-Fallback"
+"""`1` on an answer that came from outside of the room."""
+
 COMMENT_GAP_SECONDS = 10.0
 """Between two comments to a client that waits; the first may come sooner."""
 
-_REQUEST_ID, _HOPS, _PRIORITY = (name.lower() for name in (REQUEST_ID_HEADER, HOPS_HEADER, PRIORITY_HEADER))
+_REQUEST_ID, _HOPS, _PRIORITY, _LOCAL_ONLY = (
+    name.lower() for name in (REQUEST_ID_HEADER, HOPS_HEADER, PRIORITY_HEADER, LOCAL_ONLY_HEADER)
+)
 _HARMLESS_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 JSON_TYPE = "application/json"
@@ -123,6 +130,7 @@ class Admitted:
     request_id: str
     hops: int
     named_class: ServiceClass | None
+    local_only: bool = False
 
 
 class Inference:
@@ -165,11 +173,12 @@ class Inference:
         if self.draining:
             raise ShuttingDown("This balancer is about to stop. Try again in a moment.")
         named_class = _class_in(headers.get(_PRIORITY))
+        local_only = _is_local_only(headers.get(_LOCAL_ONLY))
         insist_on_plain_json(headers)
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length) > self.policy.max_body_bytes:
             raise self.too_large()
-        return Admitted(head, request_id(headers), hops, named_class)
+        return Admitted(head, request_id(headers), hops, named_class, local_only)
 
     def too_large(self) -> BodyTooLarge:
         return BodyTooLarge(
@@ -187,6 +196,8 @@ class Inference:
             with self._holding(len(body)):
                 asked = await _parsed(admitted.head.endpoint, body, self._secret)
                 del body  # from here on it is held as what goes to a worker
+                if admitted.local_only and not asked.local_only:
+                    asked = replace(asked, local_only=True)
                 story = self._story(admitted, asked)
                 if asked.stream:
                     delivery = _Delivery(client, story, self._journey, self.policy.comment_seconds)
@@ -226,6 +237,8 @@ class Inference:
             HOPS_HEADER: str(admitted.hops + 1),
             PRIORITY_HEADER: service_class.value,
         }
+        if asked.local_only:  # a worker may be a balancer, with fallbacks of its own
+            passed_on[LOCAL_ONLY_HEADER] = "1"
         asker = _digest_of_key(head.headers.get("authorization"), self._secret)
         return self._journey.begin(admitted.request_id, head.remote, passed_on, service_class, asker)
 
@@ -344,6 +357,15 @@ def _class_in(name: str | None) -> ServiceClass | None:
         raise BadRequest(f"The header {PRIORITY_HEADER} must be {names}, or left out.") from None
 
 
+def _is_local_only(value: str | None) -> bool:
+    if not value:
+        return False
+    meant = openai.read_flag(value)
+    if meant is None:
+        raise BadRequest(f"The header {LOCAL_ONLY_HEADER} must be 'true' or 'false', or left out.")
+    return meant
+
+
 def _digest_of_key(authorization: str | None, secret: bytes) -> str:
     """What tells clients with different API keys apart; empty: it came without one."""
     scheme, _, key = (authorization or "").partition(" ")
@@ -381,7 +403,9 @@ def refusal_headers(request_id: str, error: RequestError) -> dict[str, str]:
 
 def _answered_by(story: Story, under_way: int) -> dict[str, str]:
     """Where the answer comes from, and why. `under_way`: attempts that have not ended yet."""
+    outside = {FALLBACK_HEADER: "1"} if story.fallback else {}
     return {
+        **outside,
         REQUEST_ID_HEADER: story.request_id,
         "X-Balancer-Worker": story.worker.id if story.worker else "",
         "X-Balancer-Model": story.model or "",

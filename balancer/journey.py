@@ -19,6 +19,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from math import inf
 
 from balancer import continuation
 from balancer.continuation import Kept, Seam
@@ -26,8 +27,11 @@ from balancer.core.budget import RetryBudget
 from balancer.core.choosing import Chance
 from balancer.core.errors import (
     BadRequest,
+    ModelFailed,
+    ModelLoading,
     ModelNotFound,
     NoRoom,
+    OnlyOutside,
     Quarantined,
     QueueFull,
     RequestError,
@@ -40,6 +44,7 @@ from balancer.core.model import (
     Attempt,
     Choice,
     Endpoint,
+    Loading,
     ModelName,
     Needs,
     Refusal,
@@ -106,6 +111,15 @@ class Story:
     """Of an answer that is streamed."""
     waits: Ticket | None = None
     """Its number in line, while it stands there."""
+    holds: Ticket | None = None
+    """The number under which a worker has it, or had it last."""
+    name: ModelName | None = None
+    """By which its client asks for the model."""
+
+    @property
+    def fallback(self) -> bool:
+        """A worker outside of the room has it."""
+        return self.worker is not None and self.worker.fallback
 
     def with_worker(self, worker: Worker, choice: Choice, model: ModelName) -> None:
         self.worker, self.choice, self.model = worker, choice, model
@@ -124,6 +138,10 @@ class _Call:
     kin: str | None = None
     """Of the model that has begun the answer."""
     failed: list[Tried] = field(default_factory=list)
+    deadline: float = 0.0
+    """Until when it waits for a slot, and for its model to be loaded there."""
+    keeps_deadline: bool = False
+    """It was only told that its model is being loaded: its wait is the same one."""
     ended: RequestError | None = None
     """Why it was ended before its time."""
 
@@ -219,10 +237,15 @@ class Journey:
         standing = self._leases.standing(story.waits) if story.waits is not None else None
         if standing is not None:
             eta = "" if standing.eta_seconds is None else f" eta={standing.eta_seconds:.0f}s"
-            return f"queued position={standing.position}{eta}"
+            queued = f"queued position={standing.position}{eta}"
+            return queued if standing.loading is None else f"{queued} {_told(story, standing.loading)}"
+        loading = self._leases.loading(story.holds) if story.holds is not None else None
+        if loading is not None:
+            return _told(story, loading)
         return f"prefilling worker={story.worker.id}" if story.worker is not None else "waiting"
 
     async def _answer(self, request: Request, story: Story, delivery: Delivery | None) -> bytes | None:
+        story.name = request.model
         stream = story.stream = None if delivery is None else Stream(delivery, self._to_keep(request))
         call: _Call | None = None
         try:
@@ -248,9 +271,10 @@ class Journey:
     async def _attempts(self, call: _Call) -> bytes | None:
         """One attempt after the other, until the answer is whole or nothing more may be tried."""
         request = call.request
-        needs = Needs(model=request.model, endpoint=request.endpoint)
+        needs = Needs(model=request.model, endpoint=request.endpoint, local_only=request.local_only)
         while True:
             outcome = await self._attempt(call, needs)
+            call.keeps_deadline = outcome is not None and outcome.cause is Cause.LOADING
             if outcome is None:
                 continue
             if outcome.cause is None:
@@ -263,7 +287,9 @@ class Journey:
             if again.delay:
                 await asyncio.sleep(again.delay)
             prefilled = call.stream is not None and call.stream.prefilled
-            needs = needs._replace(avoid=again.avoid, kin=call.kin if prefilled else None)
+            needs = needs._replace(
+                avoid=again.avoid, kin=call.kin if prefilled else None, failed_here=again.failed_here
+            )
 
     # An answer that broke off
 
@@ -314,6 +340,8 @@ class Journey:
             return Quarantined(MAX_CRASHES, self._quarantine.seconds_left(fingerprint, now))
         if call.begun:
             return _broken(outcome, f"{len(call.failed)} attempts failed")
+        if outcome.loading is not None:
+            return _loading(call.request, outcome.loading, outcome.loading.eta_seconds or 1.0)
         return _failure(outcome, call.failed[-1].worker_id, len(call.failed))
 
     # One slot ...
@@ -321,8 +349,10 @@ class Journey:
     async def _attempt(self, call: _Call, needs: Needs) -> Outcome | None:
         """None: a part of the prompt was read ahead, and the request has yet to be answered."""
         waiting_since = self._clock()
+        if not call.keeps_deadline:
+            call.deadline = waiting_since + self._longest_wait(call.story)
         try:
-            async with self._leases.acquire(self._ask(call, needs, waiting_since), call.note_ticket) as lease:
+            async with self._leases.acquire(self._ask(call, needs), call.note_ticket) as lease:
                 call.story.waits = None
                 granted = self._clock()
                 waited = granted - waiting_since
@@ -342,12 +372,12 @@ class Journey:
                 raise StreamBroken("no other worker of the same model and quantisation had room") from None
             raise _refused(refused.refuse, call.request, self._longest_wait(call.story)) from None
 
-    def _ask(self, call: _Call, needs: Needs, now: float) -> Ask:
+    def _ask(self, call: _Call, needs: Needs) -> Ask:
         story = call.story
         return Ask(
             needs=needs,
             arrived=story.began,
-            deadline=now + self._longest_wait(story),
+            deadline=call.deadline,
             admitted=bool(story.attempts or story.warm_ups),
             service_class=story.service_class,
             client=story.asker,
@@ -396,11 +426,13 @@ class Journey:
         lease.answer = progress
         model = lease.grant.model or request.model
         call.story.with_worker(lease.worker, lease.choice, model)
+        call.story.holds = lease.grant.ticket
         outcome = Outcome(cause=Cause.LEFT)
         try:
             async with lease.held():
                 outcome = await self._relay.attempt(
-                    lease.worker, model, request, call.story.passed_on, stream, progress
+                    *(lease.worker, model, request, call.story.passed_on, stream, progress),
+                    wait_seconds=min(call.deadline, call.limit.when() or inf) - progress.began,
                 )
                 if outcome.cause is Cause.REJECTED and call.sends is not call.request:
                     # The client's own request was right: it is only the rest that this worker does not take.
@@ -438,6 +470,7 @@ class Journey:
             unreachable=outcome.cause is Cause.UNREACHABLE or outcome.gone,
             hold_seconds=outcome.hold_seconds,
             silent=outcome.cause is Cause.SILENT,
+            loading=outcome.loading,
         )
         lease.give_back()
         if is_part and outcome.cause is None:
@@ -450,6 +483,7 @@ class Journey:
             cause=outcome.cause.value if outcome.cause else None,
             detail=outcome.detail,
             measures=measures,
+            fallback=lease.worker.fallback,
         )
         call.story.attempts.append(attempt)
         if outcome.cause is not None:
@@ -589,6 +623,29 @@ def _refused(refuse: Refuse, request: Request, longest_wait: float) -> RequestEr
                 + f". Try again in {wait:.0f} s.",
                 wait,
             )
+        case Refusal.MODEL_LOADING:
+            loading = refuse.loading or Loading(WorkerId("a worker"), None, None)
+            return _loading(request, loading, wait)
+        case Refusal.MODEL_FAILED:
+            return ModelFailed(
+                f"No worker can load the model {request.model!r} at present ({refuse.detail}). "
+                f"Try again in {wait:.0f} s, or ask for another one.",
+                wait,
+            )
+        case Refusal.LOCAL_ONLY:
+            return OnlyOutside(request.model)
+
+
+def _loading(request: Request, loading: Loading, wait: float) -> ModelLoading:
+    return ModelLoading(request.model, loading.worker_id, loading.progress, loading.eta_seconds, wait)
+
+
+def _told(story: Story, loading: Loading) -> str:
+    """How far a model is loaded, in words that programs can read too."""
+    words = f"loading model={story.name} worker={loading.worker_id}"
+    if loading.progress is not None:
+        words += f" progress={loading.progress:.0%}"
+    return words if loading.eta_seconds is None else f"{words} eta={loading.eta_seconds:.0f}s"
 
 
 def _fingerprint(request: Request) -> int:

@@ -29,6 +29,7 @@ from balancer.core.model import (
     Event,
     Gone,
     Grant,
+    Loading,
     Lost,
     Measures,
     ModelName,
@@ -137,9 +138,12 @@ class Lease:
         unreachable: bool = False,
         hold_seconds: float | None = None,
         silent: bool = False,
+        loading: Loading | None = None,
     ) -> None:
         """Say how the attempt went. Left unsaid (the client left, say), nothing is learned of the worker."""
-        self._settled = Ended(self.grant.ticket, verdict, measures, unreachable, hold_seconds, silent)
+        self._settled = Ended(
+            self.grant.ticket, verdict, measures, unreachable, hold_seconds, silent, loading
+        )
 
     def give_back(self) -> None:
         """The slot is free for others. Happens once, however often it is called."""
@@ -378,6 +382,10 @@ class Leases:
     def standing(self, ticket: Ticket) -> Standing | None:
         """How it stands with an ask that waits; None: it does not wait (any more)."""
         return self._dispatcher.standing(ticket, self._clock())
+
+    def loading(self, ticket: Ticket) -> Loading | None:
+        """How far the model is loaded that the holder of this slot waits for; None: it is loaded."""
+        return self._dispatcher.loading(ticket, self._clock())
 
     def is_at_work(self, worker_id: WorkerId) -> bool:
         """Tokens come from this worker: the best proof that it lives."""

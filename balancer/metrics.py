@@ -85,6 +85,12 @@ class Metrics:
             ("model",),
             registry=self._registry,
         )
+        self._fallback = Counter(
+            "balancer_fallback_requests",
+            "Requests that were sent to a worker outside of the room.",
+            ("model", "worker"),
+            registry=self._registry,
+        )
         self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}
         self._registry.register(_Room(snapshot))
 
@@ -105,6 +111,8 @@ class Metrics:
     def _observe_attempt(self, model: str, attempt: Attempt) -> None:
         worker, measures = attempt.worker_id, attempt.measures
         self._child(self._attempts, worker, attempt.cause or "answered").inc()
+        if attempt.fallback:
+            self._child(self._fallback, model, worker).inc()
         if measures.first_byte is not None:
             self._child(self._first_byte, model, worker).observe(measures.first_byte)
         if measures.prompt_tokens is not None:

@@ -15,13 +15,14 @@ import logging
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from datetime import UTC, datetime
+from typing import NamedTuple, Protocol
 
 import orjson
 
 from balancer.continuation import Kept, Seam, marker
-from balancer.core.errors import Rejected
-from balancer.core.model import Ended, Endpoint, Measures, ModelName, Probe, Verdict, Worker
+from balancer.core.errors import BadRequest, Rejected
+from balancer.core.model import Ended, Endpoint, Loading, Measures, ModelName, Probe, Verdict, Worker
 from balancer.core.retry import Cause
 from balancer.dialects.framing import EventFrames, FramingError, event
 from balancer.dialects.openai import (
@@ -31,6 +32,7 @@ from balancer.dialects.openai import (
     Request,
     StreamReader,
     Usage,
+    WorkerComplaint,
     parse_whole,
     read_complaint,
     trial,
@@ -48,14 +50,17 @@ from balancer.upstream import (
     Upstream,
     UpstreamError,
 )
-from balancer.worker_types import WORKER_TYPES
-from worker_agent.wire import CONTINUE_HEADER
+from balancer.worker_types import USER_AGENT, Translator, WorkerType, row_of
+from worker_agent.wire import CONTINUE_HEADER, WAIT_HEADER
 
 log = logging.getLogger(__name__)
 
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 """An answer in one piece: a thousand embeddings of 4096 numbers, written out, are about this."""
 MAX_ERROR_BYTES = 64 * 1024
+
+LARGE_BODY_BYTES = 1024 * 1024
+"""To put so long a request into other words takes about 10 ms."""
 
 LONGEST_HOLD_SECONDS = 60.0
 """A worker may ask to be left alone for so long; asked for more, we look in earlier."""
@@ -76,6 +81,13 @@ _AGENTS_WORDS: Mapping[str, Cause] = {
     "cannot_continue": Cause.CANNOT_CONTINUE,
 }
 """What an agent's error codes say about the attempt."""
+
+_OF_ONE_MODEL = frozenset({"model_does_not_fit", "model_failed"})
+"""What an agent says of a model that it cannot load as things are; its reports say the same."""
+_OVERLOADED = frozenset({"overloaded_error", "rate_limit_error"})
+"""Errors of a remote API, within an answer, that say that it has no room."""
+_WITHOUT_CREDIT = frozenset({"insufficient_quota", "billing_hard_limit_reached"})
+"""Said with a status that is for too many requests, and not over in a moment."""
 
 
 class Delivery(Protocol):
@@ -126,6 +138,8 @@ class Outcome:
     words: str = ""
     """The worker's own. They may quote the request: for its client, not for a log."""
     hold_seconds: float | None = None
+    loading: Loading | None = None
+    """With cause LOADING: how far it is."""
     gone: bool = False
     """Nobody takes connections there any more."""
     told: bool = False
@@ -142,6 +156,9 @@ class Failed(Exception):
         self.words = words
         self.rejected: Rejected | None = None
         self.hold_seconds: float | None = None
+        self.progress: float | None = None
+        self.eta_seconds: float | None = None
+        """Of a model that is being loaded."""
 
 
 @dataclass(slots=True)
@@ -179,6 +196,14 @@ class Progress:
         )
 
 
+class _KnownHead(NamedTuple):
+    address: Address
+    fixed: bytes
+    """The beginning of the head."""
+    headers: Mapping[str, str]
+    """Of the configuration, from which it was made."""
+
+
 class Relay:
     def __init__(
         self,
@@ -191,7 +216,7 @@ class Relay:
         self._clock = clock
         self._headers = headers
         self._prefills = Prefills(self._answer_of, clock)
-        self._heads: dict[tuple[Worker, Endpoint, bool], tuple[Address, bytes]] = {}
+        self._heads: dict[tuple[Worker, Endpoint, bool, ModelName | None], _KnownHead] = {}
 
     async def attempt(
         self,
@@ -201,26 +226,33 @@ class Relay:
         passed_on: Mapping[str, str],
         stream: Stream | None,
         progress: Progress,
+        wait_seconds: float | None = None,
     ) -> Outcome:
         """Never raises for what a worker does. `model`: as the worker calls it. `passed_on`: headers that go
         from the client's request to the worker's. `stream`: for a client that streams; else the answer
-        comes with the outcome."""
+        comes with the outcome. `wait_seconds`: for how long an agent may have it wait for the model to be
+        loaded; None: as long as it likes."""
+        if wait_seconds is not None and row_of(worker).is_agent:
+            passed_on = {**passed_on, WAIT_HEADER: f"{max(wait_seconds, 0.0):.3f}"}
         try:
             answer = await self._exchange(worker, model, request, passed_on, stream, progress)
         except Failed as failed:
-            cause, gone = failed.cause, False
-            if cause is Cause.BROKE and not WORKER_TYPES[worker.type].is_agent:
+            cause, gone, kind = failed.cause, False, row_of(worker)
+            if cause is Cause.BROKE and not (kind.is_agent or kind.is_remote):
                 # What broke the connection may have been the end of the engine itself.
-                gone = not await self._upstream.listens(Address.of(worker.url), KNOCK_SECONDS)
+                gone = not await self._upstream.listens(_address(worker), KNOCK_SECONDS)
                 cause = Cause.CRASHED if gone else cause
             return Outcome(
                 cause=cause,
                 detail=failed.detail,
                 rejected=failed.rejected,
-                words=failed.words,
+                words="" if kind.is_remote else failed.words,
                 hold_seconds=failed.hold_seconds,
+                loading=Loading(worker.id, failed.progress, failed.eta_seconds)
+                if cause is Cause.LOADING
+                else None,
                 gone=gone,
-                told=WORKER_TYPES[worker.type].is_agent,
+                told=kind.is_agent,
             )
         return Outcome(cause=None, answer=answer)
 
@@ -231,11 +263,15 @@ class Relay:
         outcome = Outcome(cause=Cause.SILENT)
         try:
             async with asyncio.timeout(PROBE_SECONDS):
-                outcome = await self.attempt(probe.worker, probe.model, request, {}, None, progress)
+                outcome = await self.attempt(
+                    probe.worker, probe.model, request, {}, None, progress, wait_seconds=PROBE_SECONDS / 2
+                )
         except TimeoutError:
             pass  # as silent as it was taken to be
         # A worker that says what is wrong with a request is well; one that is new and slow is not broken.
         verdict = Verdict.GOOD if outcome.cause in (None, Cause.REJECTED) else Verdict.BAD
+        if outcome.cause is Cause.LOADING:
+            verdict = Verdict.UNKNOWN
         if probe.measures and outcome.cause not in (None, Cause.UNREACHABLE):
             verdict = Verdict.UNKNOWN
         return Ended(
@@ -244,6 +280,7 @@ class Relay:
             progress.measures(self._clock()),
             unreachable=outcome.cause is Cause.UNREACHABLE,
             hold_seconds=outcome.hold_seconds,
+            loading=outcome.loading,
         )
 
     async def _exchange(
@@ -255,14 +292,19 @@ class Relay:
         stream: Stream | None,
         progress: Progress,
     ) -> bytes | None:
-        kind = WORKER_TYPES[worker.type]
+        kind = row_of(worker)
         goes_on = stream is not None and stream.prefilled and request.endpoint is Endpoint.CHAT
         if goes_on and not kind.is_agent:
             request = await self._going_on(worker, model, request)
         streams = request.endpoint is not Endpoint.EMBEDDINGS and (request.stream or kind.streams_always)
-        body = request.to_worker(model, stream=streams)
-        address, fixed = self._head(worker, request.endpoint, streams)
-        head = fixed + b"".join(_header(name, value) for name, value in passed_on.items())
+        if kind.body is None:
+            body = request.to_worker(model, stream=streams)
+        else:
+            body = await _translated(kind.body, worker, request, model, streams)
+        address, fixed, _ = self._head(worker, request.endpoint, streams, model)
+        head = fixed
+        if not kind.is_remote:  # what is told of the room is for the room
+            head += b"".join(_header(name, value) for name, value in passed_on.items())
         if goes_on and kind.is_agent:
             head += _header(CONTINUE_HEADER, "1")
         head += b"Content-Length: %d\r\n\r\n" % len(body)
@@ -274,6 +316,7 @@ class Relay:
                 progress,
                 self._clock,
                 self._upstream.policy.read_seconds,
+                kind,
                 streams=streams,
             )
             try:
@@ -303,25 +346,52 @@ class Relay:
             raise Unanswered
         return outcome.answer
 
-    def _head(self, worker: Worker, endpoint: Endpoint, streams: bool) -> tuple[Address, bytes]:
+    def _head(self, worker: Worker, endpoint: Endpoint, streams: bool, model: ModelName) -> _KnownHead:
         """Where a request of this kind goes, and the beginning of its head."""
-        key = worker, endpoint, streams
+        configured = self._headers(worker)
+        # Only Azure's dated APIs have a path for each model.
+        key = worker, endpoint, streams, None if worker.api_version is None else model
         known = self._heads.get(key)
-        if known is None:
+        if known is None or (known.headers is not configured and known.headers != configured):
             if len(self._heads) > 4096:  # workers come and go
                 self._heads.clear()
-            address = Address.of(worker.url)
-            host = f"[{address.host}]" if ":" in address.host else address.host
+            kind, address = row_of(worker), _address(worker)
             headers = {
-                "Host": f"{host}:{address.port}",
-                **self._headers(worker),
+                "Host": address.authority,
+                **configured,
                 "Content-Type": "application/json",
                 "Accept": "text/event-stream" if streams else "application/json",
                 "Accept-Encoding": "identity",  # what comes is read as it is
             }
+            if kind.is_remote:
+                headers["User-Agent"] = USER_AGENT
             lines = b"".join(_header(name, value) for name, value in headers.items())
-            known = self._heads[key] = address, f"POST {endpoint.value} HTTP/1.1\r\n".encode() + lines
+            path = kind.place(worker, endpoint.value, model)
+            known = _KnownHead(address, f"POST {path} HTTP/1.1\r\n".encode() + lines, configured)
+            self._heads[key] = known
         return known
+
+
+def _address(worker: Worker) -> Address:
+    return Address.of(worker.url, worker.ca_file)
+
+
+async def _translated(
+    body: Callable[[Worker, Request, ModelName, bool], bytes],
+    worker: Worker,
+    request: Request,
+    model: ModelName,
+    streams: bool,
+) -> bytes:
+    """The body for another API. Raises `Failed` for a request that cannot be asked there."""
+    try:
+        if len(request.body) > LARGE_BODY_BYTES:
+            return await asyncio.to_thread(body, worker, request, model, streams)
+        return body(worker, request, model, streams)
+    except BadRequest as error:
+        failed = Failed(Cause.REJECTED, "it cannot be asked that")
+        failed.rejected = Rejected(error.status, error.message, code=error.code, param=error.param)
+        raise failed from error
 
 
 class _Taker(Protocol):
@@ -347,9 +417,12 @@ class _InOnePiece:
 
     reader = None
 
-    def __init__(self, head: Head, request: Request, progress: Progress, *, to_stream: bool) -> None:
+    def __init__(
+        self, head: Head, request: Request, progress: Progress, kind: WorkerType, *, to_stream: bool
+    ) -> None:
         """`to_stream`: its client streams."""
         self._head = head
+        self._kind = kind
         self._request = request
         self._progress = progress
         self._to_stream = to_stream
@@ -364,7 +437,7 @@ class _InOnePiece:
 
     def result(self) -> bytes | None:
         if self._head.status != 200:
-            raise _complaint(self._head, bytes(self._body))
+            raise _complaint(self._head, bytes(self._body), self._kind)
         answer, self._progress.usage = parse_whole(bytes(self._body), self._request.model)
         if self._to_stream:
             raise AnswerError("it was asked for a stream and answered in one piece")
@@ -442,6 +515,36 @@ class _HandedOn:
         return None
 
 
+class _Translated:
+    """An answer in the words of another API."""
+
+    def __init__(self, taker: _Taker, translator: Translator) -> None:
+        self._taker = taker
+        self._translator = translator
+
+    @property
+    def reader(self) -> StreamReader | None:
+        return self._taker.reader
+
+    def take(self, data: bytes) -> bool:
+        return self._given(self._translator.feed(data))
+
+    def _given(self, data: bytes) -> bool:
+        try:
+            whole = self._taker.take(data) if data else False
+        except AnswerError as error:
+            if error.code in _OVERLOADED:
+                raise Failed(Cause.BUSY, f"it answered with {error.code}") from error
+            raise
+        if self._translator.fault is not None:
+            raise self._translator.fault
+        return whole
+
+    def result(self) -> bytes | None:
+        self._given(self._translator.end())
+        return self._taker.result()
+
+
 def _insist_on_end(reader: StreamReader) -> None:
     """Raises `Failed` where an answer ended without its protocol's end: a closed connection is none (D1)."""
     if not reader.is_whole:
@@ -458,6 +561,7 @@ class _Listener:
         progress: Progress,
         clock: Callable[[], float],
         read_seconds: float,
+        kind: WorkerType,
         *,
         streams: bool,
     ) -> None:
@@ -466,6 +570,7 @@ class _Listener:
         self._progress = progress
         self._clock = clock
         self._read_seconds = read_seconds
+        self._kind = kind
         self._streams = streams
         self._loop = asyncio.get_running_loop()
         self._done: asyncio.Future[bytes | None] = self._loop.create_future()
@@ -495,13 +600,17 @@ class _Listener:
     # What comes
 
     def head(self, head: Head) -> None:
+        translated = self._kind.translated_events
         if head.status != 200 or not self._streams or head.content_type != "text/event-stream":
             to_stream = self._stream is not None
-            self._taker = _InOnePiece(head, self._request, self._progress, to_stream=to_stream)
+            self._taker = _InOnePiece(head, self._request, self._progress, self._kind, to_stream=to_stream)
+            translated = self._kind.translated_whole if head.status == 200 else None
         elif self._stream is None:
             self._taker = _Assembled(self._request)
         else:
             self._taker = _HandedOn(self._request, self._stream, self._begins)
+        if translated is not None:
+            self._taker = _Translated(self._taker, translated(int(datetime.now(UTC).timestamp())))
 
     def body(self, data: bytes) -> None:
         taker = self._taker
@@ -614,10 +723,19 @@ def _trial_text(tokens: int) -> str:
     return f"{secrets.token_hex(4)}{' word' * tokens}"
 
 
-def _complaint(head: Head, body: bytes) -> Failed:
+def _complaint(head: Head, body: bytes, kind: WorkerType) -> Failed:
     """What a status other than 200 means: for the client to mend, for us to wait, or a broken worker."""
     complaint = read_complaint(body)
+    if kind.is_remote:
+        return _remote_complaint(head, complaint)
     detail = f"it answered with status {head.status}"
+    if head.status == 503 and complaint.code == "model_loading":
+        failed = Failed(Cause.LOADING, detail, complaint.message)
+        failed.progress = complaint.progress
+        failed.eta_seconds = head.retry_after if complaint.eta_seconds is None else complaint.eta_seconds
+        return failed
+    if head.status == 503 and complaint.code in _OF_ONE_MODEL:
+        return Failed(Cause.BUSY, detail, complaint.message)  # its other models can be asked for at once
     cause = _AGENTS_WORDS.get(complaint.code or "")
     if cause is not None and head.status != 503:
         return Failed(cause, detail, complaint.message)
@@ -627,8 +745,31 @@ def _complaint(head: Head, body: bytes) -> Failed:
             failed.hold_seconds = min(head.retry_after, LONGEST_HOLD_SECONDS)
         return failed
     if head.status in (400, 413, 422):
-        failed = Failed(Cause.REJECTED, detail, complaint.message)
-        failed.rejected = Rejected(head.status, complaint.message, code=complaint.code, param=complaint.param)
-        return failed
+        return _rejected(head.status, detail, complaint)
     # 401, 403 and 404 too: the worker's key or model is not as configured, which is not the client's doing.
     return Failed(Cause.ERRED, detail, complaint.message)
+
+
+def _rejected(status: int, detail: str, complaint: WorkerComplaint) -> Failed:
+    failed = Failed(Cause.REJECTED, detail, complaint.message)
+    failed.rejected = Rejected(status, complaint.message, code=complaint.code, param=complaint.param)
+    return failed
+
+
+def _remote_complaint(head: Head, complaint: WorkerComplaint) -> Failed:
+    """The same of an API that others run."""
+    detail = f"it answered with status {head.status}"
+    if head.status in (400, 413, 422):
+        return _rejected(head.status, detail, complaint)
+    # No other words of it: they tell of the account, and some show a part of the key.
+    if head.status in (401, 402):
+        return Failed(Cause.ERRED, f'{detail}: check its "api_key", and its account')
+    if head.status in (429, 503, 529):
+        failed = Failed(Cause.BUSY, detail)
+        if complaint.code in _WITHOUT_CREDIT:
+            failed.detail = f"{detail}: its account has no credit left"
+            failed.hold_seconds = LONGEST_HOLD_SECONDS
+        elif head.retry_after is not None:
+            failed.hold_seconds = min(head.retry_after, LONGEST_HOLD_SECONDS)
+        return failed
+    return Failed(Cause.ERRED, detail)

@@ -5,7 +5,9 @@ Only `app` and the command line read them; every other part is given its own pol
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import ssl
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from pydantic_settings import (
 )
 from pydantic_settings import SettingsError as UnreadableVariable
 
+from balancer import trust
 from balancer.config_file import ConfigFile, SecretReference, Tunables, WorkerEntry, expected, read
 from balancer.discovery import Entry
 
@@ -58,11 +61,33 @@ class Settings(Tunables, BaseSettings):
     workers: tuple[WorkerEntry, ...] = ()
 
     _room: tuple[Entry, ...] = PrivateAttr(default=())
+    _admin_key: str | None = PrivateAttr(default=None)
+    _cluster_key: str | None = PrivateAttr(default=None)
+    _config: Path | None = PrivateAttr(default=None)
+    _flags: Mapping[str, object] = PrivateAttr(default_factory=dict)
 
     @property
     def room(self) -> tuple[Entry, ...]:
         """The configured workers as the roster takes them; their keys are in no dump and no repr."""
         return self._room
+
+    @property
+    def admin_key(self) -> str | None:
+        """As given by a variable or a file; None: neither does. In no dump and no repr, as the next."""
+        return self._admin_key
+
+    @property
+    def cluster_key(self) -> str | None:
+        return self._cluster_key
+
+    @property
+    def config(self) -> Path | None:
+        """The JSON file that they were read from."""
+        return self._config
+
+    def read_again(self) -> Settings:
+        """From the same file, variables and flags, as they are now. Blocking. Raises as `load` does."""
+        return load(self._config, self._flags)
 
 
 def variable(key: str) -> str:
@@ -81,7 +106,7 @@ def load(config: Path | None, flags: Mapping[str, object]) -> Settings:
     if os.environ.get(variable("workers")):
         raise SettingsError(f"{variable('workers')} is set, but workers are listed in the JSON file only")
     try:
-        settings = _layered(file, given)
+        settings = _layered(file, given, config)
     except ValidationError as error:
         raise SettingsError(_sentences(error, given)) from None
     except UnreadableVariable as error:
@@ -89,17 +114,24 @@ def load(config: Path | None, flags: Mapping[str, object]) -> Settings:
         raise SettingsError(
             f"{variable('scorer_weights')} is not JSON: expected {expected(('scorer_weights',))}"
         ) from error
-    settings._room = _entries(settings.workers, Path() if config is None else config.parent)
+    folder = Path() if config is None else config.parent
+    settings._room = _entries(settings.workers, folder)
+    settings._admin_key = _own_key("admin_key", settings.admin_key_file)
+    settings._cluster_key = _own_key("cluster_key", settings.cluster_key_file)
+    settings._config, settings._flags = config, given
     return settings
 
 
-def _layered(file: ConfigFile, flags: Mapping[str, object]) -> Settings:
+def _layered(file: ConfigFile, flags: Mapping[str, object], config: Path | None) -> Settings:
     from_file = file.model_dump(exclude_unset=True, exclude={"schema_", "workers"}) | {
         "workers": file.workers
     }
     policy = flags.get("policy") or os.environ.get(variable("policy")) or file.policy
     if policy != file.policy:
         from_file.pop("scorer_weights", None)  # they are of the scorers of the file's own policy
+    for key in ("admin_key_file", "cluster_key_file"):
+        if from_file.get(key) is not None and config is not None:
+            from_file[key] = str(config.parent / Path(from_file[key]).expanduser())
 
     class Layered(Settings):
         @classmethod
@@ -147,17 +179,41 @@ def _sentences(error: ValidationError, flags: Mapping[str, object]) -> str:
 # Secrets ...
 
 
+def _own_key(name: str, file: str | None) -> str | None:
+    """The balancer's own key of that name; None: it is not given. Raises `SettingsError`."""
+    if os.environ.get(variable(name), "").strip():
+        reference = SecretReference(env=variable(name))
+    elif file is not None:
+        reference = SecretReference(file=file)
+    else:
+        return None
+    try:
+        return _secret(reference, Path())
+    except SettingsError as error:
+        raise SettingsError(f"the {name.replace('_', ' ')} {error}") from None
+
+
 def _entries(workers: tuple[WorkerEntry, ...], folder: Path) -> tuple[Entry, ...]:
-    """Raises `SettingsError` with a line for each key that cannot be had."""
+    """Raises `SettingsError` with a line for each key and each CA that cannot be had."""
     entries, lines = [], []
+    trust.read_again()
     for entry in workers:
-        headers = {}
+        headers: Mapping[str, str] = {}
+        worker = entry.worker()
         if entry.api_key is not None:
             try:
-                headers["Authorization"] = f"Bearer {_secret(entry.api_key, folder)}"
+                headers = entry.headers(_secret(entry.api_key, folder))
             except SettingsError as error:
                 lines.append(f'the api_key of worker "{entry.effective_id}" {error}')
-        entries.append(Entry(entry.worker(), headers))
+        if entry.ca_file is not None:
+            path = folder / Path(entry.ca_file).expanduser()
+            worker = dataclasses.replace(worker, ca_file=str(path))
+            try:
+                trust.context(str(path))
+            except OSError as error:
+                why = "it holds no certificate" if isinstance(error, ssl.SSLError) else error.strerror
+                lines.append(f'the ca_file of worker "{entry.effective_id}", {path}, cannot be used: {why}')
+        entries.append(Entry(worker, headers))
     if lines:
         raise SettingsError("\n".join(lines))
     return tuple(entries)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,11 @@ MAX_LOG_BYTES = 4 * 1024 * 1024
 """An agent's log starts afresh beyond this, with the agent."""
 
 
+_AGENTS_KEY = "WORKER_AGENT_CLUSTER_KEY"
+_OWN_KEYS = {"BALANCER_ADMIN_KEY", "BALANCER_CLUSTER_KEY", f"{_AGENTS_KEY}_FILE"}
+"""The last would name another key beside the one that we give."""
+
+
 class AgentFailed(Exception):
     """The agent cannot run; the message is its own last words."""
 
@@ -53,13 +59,17 @@ class LocalAgent:
     hurried: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when its end may cost running answers."""
     _process: asyncio.subprocess.Process | None = None
+    _environment: dict[str, str] = field(default_factory=dict, repr=False)
 
     @asynccontextmanager
-    async def running(self, balancer_url: str, data_dir: Path) -> AsyncIterator[asyncio.Task[None]]:
+    async def running(
+        self, balancer_url: str, data_dir: Path, cluster_key: str
+    ) -> AsyncIterator[asyncio.Task[None]]:
         """Started, and started again while the block runs.
 
         Gives the task that does it: it ends with `AgentFailed` when starting again is of no use.
         """
+        self._environment = agent_environment(os.environ, cluster_key)
         command = (
             sys.executable,
             *("-m", "worker_agent", "run", "--host", "127.0.0.1", "--port", "0", "--no-mdns"),
@@ -111,6 +121,7 @@ class LocalAgent:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=output,
                 stderr=output,
+                env=self._environment,
                 start_new_session=True,
             )
         return await self._process.wait()
@@ -141,6 +152,13 @@ class LocalAgent:
             text = file.read().decode("utf-8", "replace").strip()
             return "\n".join(text.splitlines()[-lines:])
         return ""
+
+
+def agent_environment(own: Mapping[str, str], cluster_key: str) -> dict[str, str]:
+    """What an agent of ours finds in its environment: the cluster key, which a command line would show to
+    everybody on this machine, and none of the balancer's own keys. Pure."""
+    kept = {name: value for name, value in own.items() if name not in _OWN_KEYS}
+    return kept | {_AGENTS_KEY: cluster_key}
 
 
 async def until_ready(

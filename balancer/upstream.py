@@ -23,6 +23,8 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from balancer import trust
+
 MAX_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 128
 IDLE_SECONDS = 15.0
@@ -103,13 +105,21 @@ class Address(NamedTuple):
     host: str
     port: int
     tls: bool
+    ca_file: str | None = None
+    """Whose certificates are trusted; None: those that the system trusts."""
 
     @classmethod
-    def of(cls, url: str) -> Address:
-        """Of `http://host:port`."""
+    def of(cls, url: str, ca_file: str | None = None) -> Address:
+        """Of `http://host:port`, whatever path follows."""
         parts = urlsplit(url)
         tls = parts.scheme == "https"
-        return cls(parts.hostname or "", parts.port or (443 if tls else 80), tls)
+        return cls(parts.hostname or "", parts.port or (443 if tls else 80), tls, ca_file if tls else None)
+
+    @property
+    def authority(self) -> str:
+        """As the header `Host` has it: without the port where it is the scheme's own."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == (443 if self.tls else 80) else f"{host}:{self.port}"
 
 
 class Exchange(asyncio.Protocol):
@@ -305,9 +315,8 @@ class Exchange(asyncio.Protocol):
 class _Pool:
     """The idle connections to one address, the last used first."""
 
-    def __init__(self, address: Address, tls: ssl.SSLContext | None) -> None:
+    def __init__(self, address: Address) -> None:
         self.address = address
-        self._tls = tls
         self._idle: deque[Exchange] = deque()
         self._distrusted_until = 0.0
 
@@ -345,9 +354,9 @@ class _Pool:
             self._idle.popleft().abort()
 
     async def connect(self) -> Exchange:
-        host, port, _ = self.address
+        host, port, tls, ca_file = self.address
         _, exchange = await asyncio.get_running_loop().create_connection(
-            lambda: Exchange(self), host, port, ssl=self._tls
+            lambda: Exchange(self), host, port, ssl=trust.context(ca_file) if tls else None
         )
         return exchange
 
@@ -358,7 +367,6 @@ class Upstream:
     def __init__(self, policy: TimeoutPolicy) -> None:
         self.policy = policy
         self._pools: dict[Address, _Pool] = {}
-        self._tls: ssl.SSLContext | None = None
         self._tidying: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> Self:
@@ -416,6 +424,8 @@ class Upstream:
                 exchange = await pool.connect()
         except TimeoutError:
             raise Unreachable("no connection in time") from None
+        except ssl.SSLError as error:
+            raise Unreachable(trust.complaint(error)) from error
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise OutOfFiles("the balancer has no file descriptor left") from error
@@ -427,9 +437,7 @@ class Upstream:
     def _pool(self, address: Address) -> _Pool:
         pool = self._pools.get(address)
         if pool is None:
-            if address.tls and self._tls is None:
-                self._tls = ssl.create_default_context()
-            pool = self._pools[address] = _Pool(address, self._tls if address.tls else None)
+            pool = self._pools[address] = _Pool(address)
         return pool
 
     def _tidy(self) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import logging
 import random
+import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -17,6 +18,7 @@ from typing import Final
 import aiohttp
 from aiohttp.http_exceptions import HttpProcessingError
 
+from balancer import trust
 from balancer.core.model import (
     Condition,
     Endpoint,
@@ -30,7 +32,17 @@ from balancer.core.model import (
 )
 from balancer.identity import identity, with_automatic_names
 from balancer.patience import Patience, patient
-from balancer.worker_types import MAX_PROBE_BYTES, WORKER_TYPES, ProbeFailed, said_in
+from balancer.worker_types import (
+    LEAST_LOAD_SECONDS,
+    LOAD_BYTES_PER_SECOND,
+    MAX_PROBE_BYTES,
+    USER_AGENT,
+    Page,
+    ProbeFailed,
+    named_models,
+    row_of,
+    said_in,
+)
 from worker_agent import wire
 
 log = logging.getLogger(__name__)
@@ -48,6 +60,10 @@ class WatchPolicy:
 
     interval_seconds: float = 5.0
     """Between two probes of a worker without an agent."""
+    remote_interval_seconds: float = 60.0
+    """The same of an API that others run; after a failure it is looked for sooner."""
+    seldom_seconds: float = 300.0
+    """How long a page that a worker does not have is not asked for again."""
     probe_timeout_seconds: float = 5.0
     lost_after_failures: int = 2
     """Failed probes in a row; a refused connection needs no second."""
@@ -63,10 +79,10 @@ class WatchPolicy:
 class Unreached(Exception):
     """A worker could not be asked, or did not answer as a worker does; the sentence says why."""
 
-    def __init__(self, sentence: str, *, refused: bool = False) -> None:
+    def __init__(self, sentence: str, *, certain: bool = False) -> None:
         super().__init__(sentence)
-        self.refused = refused
-        """The machine is up and says that nobody listens: no need to ask again."""
+        self.certain = certain
+        """There is no need to ask again: the machine is up and nobody listens, say, or the key is wrong."""
 
 
 class Watches:
@@ -80,13 +96,16 @@ class Watches:
         policy: WatchPolicy,
         is_at_work: Callable[[WorkerId], bool] = lambda _: False,
         chance: Callable[[], float] = random.random,
+        on_report: Callable[[wire.Report], None] = lambda _: None,
     ) -> None:
-        """`is_at_work`: answers come from this worker; one that is too busy for a probe is not lost."""
+        """`is_at_work`: answers come from this worker; one that is too busy for a probe is not lost.
+        `on_report`: is given what an agent says of itself as it came, before the event that it becomes."""
         self._tell = tell
         self._session = session
         self._policy = policy
         self._is_at_work = is_at_work
         self._chance = chance
+        self._on_report = on_report
         self._tasks: dict[WorkerId, asyncio.Task[None]] = {}
         self._leaving: set[asyncio.Task[None]] = set()
 
@@ -94,7 +113,8 @@ class Watches:
         """Watches the worker from now on, in place of any earlier watch of its id."""
         self.forget(worker.id)
         watch = _Watch(
-            worker, headers, self._tell, self._session, self._policy, self._is_at_work, self._chance
+            *(worker, headers, self._tell, self._session, self._policy, self._is_at_work, self._chance),
+            self._on_report,
         )
         # Kept in _tasks, then in _leaving until it has ended; aclose awaits both.
         task = asyncio.create_task(watch.run(), name=f"watch {worker.id}")  # noqa: TID251
@@ -127,19 +147,22 @@ class _Watch:
         policy: WatchPolicy,
         is_at_work: Callable[[WorkerId], bool],
         chance: Callable[[], float],
+        on_report: Callable[[wire.Report], None],
     ) -> None:
         self._worker = worker
-        self._type = WORKER_TYPES[worker.type]
+        self._type = row_of(worker)
         self._headers = headers
         self._tell = tell
         self._session = session
         self._policy = policy
         self._is_at_work = is_at_work
         self._chance = chance
+        self._on_report = on_report
         self._lost: str | None = None
         self._last: Condition | None = None
         self._heard: float | None = None
-        self._tells_residency = True
+        self._lacks: dict[str, float] = {}
+        """Pages that it does not have, and until when that is believed."""
 
     async def run(self) -> None:
         """Until it is cancelled."""
@@ -173,7 +196,7 @@ class _Watch:
         if reason != self._lost:
             log.warning("worker %s at %s is lost: %s", self._worker.id, self._worker.url, reason)
             self._lost = reason
-            self._tells_residency = True  # it may come back as a newer version
+            self._lacks.clear()  # it may come back as a newer version
             self._tell(Lost(self._worker.id, reason, abandon=self._type.probe_path is None))
 
     # An agent: one answer that does not end, a report in each line ...
@@ -211,6 +234,7 @@ class _Watch:
         async with self._session.get(
             self._worker.url + wire.REPORT_PATH,
             headers=self._headers,
+            ssl=self._tls(),
             timeout=_ENDLESS,
             allow_redirects=False,
         ) as response:
@@ -228,6 +252,7 @@ class _Watch:
                     )
                 self._heard = asyncio.get_running_loop().time()
                 silence.reschedule(self._heard + self._policy.lost_after_seconds)
+                self._on_report(report)
                 self._is_well(from_report(report))
                 await asyncio.sleep(self._policy.report_gap_seconds)
 
@@ -236,56 +261,92 @@ class _Watch:
     async def _poll(self, path: str) -> None:
         failures = 0
         while True:
+            pause = self._interval_seconds
             try:
                 condition = await self._probe(path)
             except Unreached as error:
                 failures = 0 if self._is_at_work(self._worker.id) else failures + 1
-                if error.refused or failures >= self._policy.lost_after_failures:
+                if error.certain or failures >= self._policy.lost_after_failures:
                     self._is_lost(str(error))
+                if not error.certain:
+                    pause = min(pause, self._policy.interval_seconds * 2.0 ** min(failures, 10))
             else:
                 failures = 0
                 self._is_well(condition)
             # Up to a tenth less by chance: workers of one room are not all asked in the same moment.
-            await asyncio.sleep(self._policy.interval_seconds * (1 - self._chance() / 10))
+            await asyncio.sleep(pause * (1 - self._chance() / 10))
+
+    @property
+    def _interval_seconds(self) -> float:
+        policy = self._policy
+        return policy.remote_interval_seconds if self._type.is_remote else policy.interval_seconds
 
     async def _probe(self, path: str) -> Condition:
         status, body = await self._get(path)
         try:
             condition = self._type.read_probe(status, body)
         except ProbeFailed as error:
-            raise Unreached(str(error)) from error
-        if self._type.residency_path is not None and self._tells_residency and condition.models:
-            condition = await self._with_residency(self._type.residency_path, condition)
+            raise Unreached(str(error), certain=error.certain) from error
+        if self._type.is_remote:
+            return named_models(self._worker, condition)
+        if self._type.more and condition.models:
+            condition = await self._with_more(condition)
         return with_automatic_names(_with_engines_ways(_as_configured(self._worker, condition)))
 
-    async def _with_residency(self, path: str, condition: Condition) -> Condition:
-        """What is in memory makes a choice better; without knowing it the worker can be used all the same."""
+    async def _with_more(self, condition: Condition) -> Condition:
+        """What further pages tell makes a choice better; without them the worker can be used all the same."""
+        now = asyncio.get_running_loop().time()
+        pages = [page for page in self._type.more if self._lacks.get(page.path, now) <= now]
+        for page, answer in zip(pages, await asyncio.gather(*map(self._besides, pages)), strict=True):
+            if answer is None:
+                continue
+            status, body = answer
+            try:
+                condition = page.read(condition, status, body)
+            except ProbeFailed:
+                if status < 500 or status == 501:  # older versions have no such path, and log each try
+                    self._lacks[page.path] = now + self._policy.seldom_seconds
+        return condition
+
+    async def _besides(self, page: Page) -> tuple[int, bytes] | None:
         try:
-            status, body = await self._get(path)
+            return await self._get(page.path)
         except Unreached:
-            return condition
-        try:
-            return self._type.read_residency(condition, status, body)
-        except ProbeFailed:
-            self._tells_residency = status >= 500  # older versions have no such path, and log each try
-            return condition
+            return None
 
     async def _get(self, path: str) -> tuple[int, bytes]:
         """Status and body, within the time of a probe. Raises `Unreached`."""
         headers = dict(self._headers) if self._type.keep_alive else {**self._headers, "Connection": "close"}
+        if self._type.is_remote:
+            headers["User-Agent"] = USER_AGENT
         limit = self._policy.probe_timeout_seconds
+        url = self._origin + self._type.place(self._worker, path, None)
         try:
             async with (
                 asyncio.timeout(limit),
                 self._session.get(
-                    self._worker.url + path, headers=headers, timeout=_ENDLESS, allow_redirects=False
+                    url, headers=headers, ssl=self._tls(), timeout=_ENDLESS, allow_redirects=False
                 ) as response,
             ):
                 return response.status, await _bounded(response.content)
         except TimeoutError:
             raise Unreached(f"no answer to {path} within {limit:g} s") from None
         except (aiohttp.ClientError, HttpProcessingError, OSError) as error:
-            raise Unreached(_words(error), refused=_is_refused(error)) from error
+            raise Unreached(_words(error), certain=_is_refused(error)) from error
+
+    @property
+    def _origin(self) -> str:
+        """`https://host:port`."""
+        scheme, _, rest = self._worker.url.partition("://")
+        return f"{scheme}://{rest.partition('/')[0]}"
+
+    def _tls(self) -> ssl.SSLContext | bool:
+        if not self._worker.url.startswith("https:"):
+            return True  # there is no TLS to configure
+        try:
+            return trust.context(self._worker.ca_file)
+        except OSError as error:
+            raise Unreached(f"its ca_file cannot be used: {error.strerror or error}", certain=True) from error
 
 
 async def _complaint(content: aiohttp.StreamReader) -> str:
@@ -315,10 +376,10 @@ def _words(error: BaseException) -> str:
             return "connection refused: nothing listens there"
         case aiohttp.ClientConnectorDNSError():
             return "its host name is not known"
-        case aiohttp.ClientConnectorCertificateError():
-            return "its TLS certificate is not trusted"
-        case aiohttp.ClientSSLError():
-            return "it does not speak TLS as expected"
+        case aiohttp.ClientConnectorCertificateError(certificate_error=ssl.SSLError() as reason):
+            return trust.complaint(reason)
+        case aiohttp.ClientConnectorSSLError(os_error=ssl.SSLError() as reason):
+            return trust.complaint(reason)
         case aiohttp.ClientConnectorError():
             return f"cannot be reached: {error.os_error.strerror or error.os_error}"
         case aiohttp.ClientPayloadError() | aiohttp.ServerDisconnectedError() | ConnectionResetError():
@@ -338,6 +399,7 @@ def from_report(report: wire.Report) -> Condition:
                 ready=report.state is wire.EngineState.READY,
                 slots=report.slots,
                 running=report.running,
+                tells_loads=True,
                 calibrates=True,
                 engine=report.engine,
                 state=report.state.value,
@@ -358,7 +420,25 @@ def _offer(model: wire.ServedModel) -> ModelOffer:
         memory_tokens=model.memory_tokens,
         cache_tokens=model.cache_tokens,
         continues=model.continues,
+        loaded=model.state is wire.ModelState.LOADED,
+        loading=model.state is wire.ModelState.LOADING,
+        load_seconds=_load_seconds(model),
+        progress=model.progress if model.state is wire.ModelState.LOADING else None,
+        failed=(model.detail or "failed") if model.state is wire.ModelState.FAILED else None,
+        slots=model.slots,
     )
+
+
+def _load_seconds(model: wire.ServedModel) -> float:
+    """Until it answers: what its agent says, else a guess from its size."""
+    if model.state is wire.ModelState.LOADED:
+        return 0.0
+    if model.eta_seconds is not None:
+        return model.eta_seconds
+    seconds = model.load_seconds
+    if seconds is None:
+        seconds = max((model.size_bytes or 0) / LOAD_BYTES_PER_SECOND, LEAST_LOAD_SECONDS)
+    return seconds * (1 - (model.progress or 0.0)) if model.state is wire.ModelState.LOADING else seconds
 
 
 def _with_engines_ways(condition: Condition) -> Condition:

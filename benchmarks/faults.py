@@ -353,7 +353,8 @@ async def _process_case(scene: Scene, number: int, folder: Path, count: Count) -
             for one in range(2)
         ]
         entries = [entry(one, worker.url, None if frozen else SLOTS) for one, worker in enumerate(workers)]
-        url = (await stack.enter_async_context(balancer(entries, folder))).url
+        served = await stack.enter_async_context(balancer(entries, folder))
+        url = served.url
         http = await stack.enter_async_context(session())
         await _idle(http, url)
         question, name = f"case {number} of {scene.name}", {"X-Request-ID": CASE_ID}
@@ -367,7 +368,8 @@ async def _process_case(scene: Scene, number: int, folder: Path, count: Count) -
         finally:
             if frozen:
                 victim.process.send_signal(signal.SIGCONT)
-        async with http.get(f"{url}/admin/requests/{CASE_ID}/why") as response:
+        why = f"{url}/admin/requests/{CASE_ID}/why"
+        async with http.get(why, headers=served.admin_headers) as response:
             attempts = (await response.json())["attempts"]
         if attempts[0]["ended"] == "answered":
             raise SystemExit(f"{scene.name}: the worker that was struck was not the one at work")

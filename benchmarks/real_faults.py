@@ -24,7 +24,7 @@ from benchmarks.asking import Answer, Json, ask, chat
 from benchmarks.history import Outcome
 from benchmarks.rooms import engines
 from benchmarks.rooms.listing import listing, show, write
-from benchmarks.serving import session
+from benchmarks.serving import admin_headers, session
 from benchmarks.tables import RESULTS, Column, Row, machine
 
 TITLE = "Real streams whose worker is killed"
@@ -121,7 +121,8 @@ async def _case(number: int, folder: Path) -> Row:
         killed_at = asyncio.get_running_loop().time()
         _kill(room.workers[NAMES.index(name)])
         await asking
-        async with http.get(f"{room.url}/admin/requests/real-{number}/why") as response:
+        why = f"{room.url}/admin/requests/real-{number}/why"
+        async with http.get(why, headers=admin_headers(folder / "balancer")) as response:
             attempts = len((await response.json())["attempts"])
     return row(question, answer, references[name], killed_at, attempts)
 

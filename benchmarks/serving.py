@@ -24,6 +24,12 @@ class Serving:
 
     url: str
     started: Started
+    data_dir: Path
+
+    @property
+    def admin_headers(self) -> dict[str, str]:
+        """For what is asked under `/admin`."""
+        return admin_headers(self.data_dir)
 
 
 @asynccontextmanager
@@ -41,7 +47,12 @@ async def balancer(
     async with started(arguments, folder / "balancer.log") as one:
         url = f"http://127.0.0.1:{port}"
         await one.ready(lambda: workers_ready(url, len(entries)), READY_SECONDS)
-        yield Serving(url, one)
+        yield Serving(url, one, folder / "data")
+
+
+def admin_headers(data_dir: Path) -> dict[str, str]:
+    """With the admin key that a balancer has made in its data folder."""
+    return {"Authorization": f"Bearer {(data_dir / 'admin_key').read_text().strip()}"}
 
 
 async def workers_ready(url: str, count: int) -> bool:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import signal
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 import uvloop
@@ -19,9 +19,11 @@ import uvloop
 from benchmarks.mock_worker import MODEL
 from worker_agent.changes import Changes
 from worker_agent.engines.vllm import VLLM
+from worker_agent.exchange import Fault
 from worker_agent.gateway import Gateway
 from worker_agent.plans import Plan
 from worker_agent.readiness import Address
+from worker_agent.resident import Resident
 from worker_agent.server import ServerPolicy, listening
 from worker_agent.supervised import Serving
 from worker_agent.wire import EngineState, Report, ServedModel
@@ -31,7 +33,7 @@ SLOTS = 1024
 
 @dataclass(frozen=True, slots=True)
 class StaticEngine:
-    """An engine that is always ready: a gateway's `Backend`."""
+    """An engine that is always ready."""
 
     plan: Plan
     serving: Serving | None
@@ -46,12 +48,57 @@ class StaticEngine:
         """As little."""
 
 
+class StaticModel:
+    """The one model of an agent, always loaded."""
+
+    def __init__(self, resident: Resident) -> None:
+        self._resident = resident
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """MODEL."""
+        return (MODEL,)
+
+    @property
+    def running(self) -> int:
+        """Requests held open towards the engine."""
+        return self._resident.watch.open
+
+    def knows(self, name: str) -> bool:
+        """Whether it is MODEL."""
+        return name == MODEL
+
+    def plan(self, name: str) -> Plan | None:
+        """What runs."""
+        return self._resident.plan
+
+    def resident(self, name: str) -> Resident | None:
+        """The engine."""
+        return self._resident
+
+    @asynccontextmanager
+    async def entered(self, name: str, wait_seconds: float) -> AsyncIterator[Resident]:
+        """At once: a benchmark has no more clients than there are slots."""
+        yield self._resident
+
+    def drain(self) -> None:
+        """Nobody waits for anything."""
+
+    def stop_all(self, fault: Fault) -> None:
+        """Ends every request."""
+        self._resident.watch.stop_all(fault)
+
+    def cut_all(self) -> None:
+        """Ends every connection that has one."""
+        self._resident.watch.cut_all()
+
+
 def agent_id(number: int) -> str:
     """Of the agent in front of the engine with that number, from 0."""
     return f"agent-{number}"
 
 
-def gateway(number: int, port: int) -> Gateway:
+def gateway(number: int, port: int) -> tuple[Gateway, Resident]:
     """In front of the server at that port of loopback, which keeps its connections as vLLM does."""
     plan = Plan(spec=VLLM, model=MODEL, name=MODEL, slots=SLOTS, context_tokens=None, threads=1)
     serving = Serving(address=Address(port=port, secret=None), model=MODEL, context_tokens=None)
@@ -67,8 +114,10 @@ def gateway(number: int, port: int) -> Gateway:
             running=one.running,
         )
 
-    one = Gateway(StaticEngine(plan, serving), report, Changes())
-    return one
+    changes = Changes()
+    resident = Resident(StaticEngine(plan, serving), changes)
+    one = Gateway(StaticModel(resident), report, changes)
+    return one, resident
 
 
 async def _serve(engines: Sequence[int]) -> None:
@@ -76,7 +125,11 @@ async def _serve(engines: Sequence[int]) -> None:
     for name in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(name, told_to_stop.set)
     async with AsyncExitStack() as stack:
-        gateways = [gateway(number, port) for number, port in enumerate(engines)]
+        gateways = []
+        for number, port in enumerate(engines):
+            one, resident = gateway(number, port)
+            await stack.enter_async_context(resident.connected())
+            gateways.append(one)
         policy = ServerPolicy.for_slots(SLOTS)
         ports = [
             await stack.enter_async_context(listening(one.application(), "127.0.0.1", 0, policy))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources.abc import Traversable
@@ -20,6 +21,8 @@ from balancer.package_data import configs
 
 MAX_PRESET_BYTES = 256 * 1024
 MAX_PROMPTS = 50
+MAX_OWN = 500  # presets that are kept for others; whoever writes files by hand is not counted
+NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]*$"
 
 
 class PresetError(Exception):
@@ -49,7 +52,7 @@ class Prompt(_Strict):
 class Preset(_Strict):
     """What is asked of each document."""
 
-    name: str = Field(min_length=1, max_length=64, pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    name: str = Field(min_length=1, max_length=64, pattern=NAME_PATTERN)
     description: str = Field(default="", max_length=400)
     system: str = Field(default="", max_length=20_000)
     """Who the model is to be; empty: no system message."""
@@ -154,6 +157,56 @@ class Shelf:
         if found.preset is None:
             raise PresetError(*(f"{found.place}: {fault}" for fault in found.faults))
         return found.preset
+
+    def is_built_in(self, name: str) -> bool:
+        """One of that name came with the program."""
+        return any(entry.name == f"{name}.json" for entry in _json_files(configs() / "presets"))
+
+    def keep(self, name: str, data: bytes) -> bool:
+        """Puts a preset, given as JSON, into the user's own folder; whether there was none of that name.
+
+        Raises `PresetError` for its faults, and `OSError`.
+        """
+        path = self._own_file(name)
+        preset = parse(data)
+        if preset.name != name:
+            raise PresetError(
+                f"`name` is {preset.name!r}, but it is to be kept as {name!r}: make them agree."
+            )
+        self.own.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
+        if is_new and len(_json_files(self.own)) >= MAX_OWN:
+            raise PresetError(f"{self.own} holds {MAX_OWN} presets already: remove some.")
+        draft = path.with_name(f".{name}.{os.getpid()}.draft")
+        try:
+            with draft.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)  # whoever reads meanwhile sees the old one or the new one, whole
+        finally:
+            draft.unlink(missing_ok=True)
+        return is_new
+
+    def discard(self, name: str) -> bool:
+        """Removes a preset from the user's own folder; False: there is none of that name.
+
+        Raises `PresetError` for what is no name, and `OSError`.
+        """
+        try:
+            self._own_file(name).unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _own_file(self, name: str) -> Path:
+        """A name as a preset may have it is no way out of the folder."""
+        if not re.fullmatch(NAME_PATTERN, name) or len(name) > 64:
+            raise PresetError(
+                "The name of a preset has 1 to 64 lower-case letters, digits, - and _, and starts with a "
+                "letter or digit."
+            )
+        return self.own / f"{name}.json"
 
 
 def read(place: Traversable) -> Preset:

@@ -7,15 +7,15 @@ prompt; the others follow where it is remembered. The rules are those of ROUTING
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush, nsmallest
 from itertools import count
 
 from balancer.core.fairness import Turns
-from balancer.core.fleet import ANSWER_ROOM_TOKENS, MEMORY_SHARE, Fleet, Flight, Member
+from balancer.core.fleet import ANSWER_ROOM_TOKENS, MEMORY_SHARE, Able, Fleet, Flight, Member
 from balancer.core.forecast import Forecast
-from balancer.core.model import Ask, Endpoint, ModelName, ModelOffer, Ticket, WorkerId
+from balancer.core.model import Ask, Endpoint, ModelName, ModelOffer, Needs, Ticket, WorkerId
 
 LINGER_SECONDS = 30.0
 """A group with nothing left to do is remembered for so long: a retry, or a client that sends the prompts of
@@ -190,12 +190,18 @@ class BatchLine:
         group.running -= 1
         group.quiet_since = now
 
-    def evict(self, worker_id: WorkerId) -> None:
-        """That worker remembers nothing any more: its groups may go anywhere."""
-        for group in self._at_home.pop(worker_id, {}).values():
+    def evict(self, worker_id: WorkerId, models: Set[ModelName] | None = None) -> None:
+        """That worker remembers nothing any more, of any model or of these: its groups may go anywhere."""
+        at_home = self._at_home.get(worker_id, {})
+        for group in list(at_home.values()):
+            if models is not None and group.service[0] not in models:
+                continue
+            del at_home[group.number]
             group.homes.pop(worker_id, None)
             if group.is_fresh:
                 self._refresh(group)
+        if not at_home:
+            self._at_home.pop(worker_id, None)
 
     def at_home(self, worker_id: WorkerId) -> Iterable[Group]:
         return self._at_home.get(worker_id, {}).values()
@@ -346,12 +352,18 @@ class Planner:
         alone = self.has_chats(member, now)
         return not any(alone or not flight.is_interactive for flight in member.pending.values())
 
+    def able(self, service: Service, now: float) -> Able:
+        """Who may be given prompts of it, room apart."""
+        return self._fleet.able_for(Needs(model=service[0], endpoint=service[1]), now, batch=True)
+
     def work_for(
         self, member: Member, service: Service, now: float, *, anyway: bool = False
     ) -> Assignment | None:
         """`member` is well, and open."""
         offer = self._fleet.offers_of(service[0]).get(member.worker.id)
         if offer is None or service[1] not in offer.endpoints or not self._line.waits_for(service):
+            return None
+        if member.is_full(offer) or self._waits_for_a_load(member, offer):
             return None
         active = self.has_chats(member, now)
         share = 1 - self._policy.reserve if active and not anyway else MEMORY_SHARE
@@ -385,6 +397,11 @@ class Planner:
             member, offer, service, now, active
         )
 
+    def _waits_for_a_load(self, member: Member, offer: ModelOffer) -> bool:
+        """One prompt of class batch is read at a time, and so one waits at a time until it can be."""
+        name = offer.own_name
+        return any(not one.is_interactive and one.offer.own_name == name for one in member.awaiting.values())
+
     def stragglers(self, service: Service, now: float) -> list[tuple[float, Flight]]:
         """What runs and could be copied, with the seconds that it may still take, the longest first. None
         while anything waits."""
@@ -403,8 +420,11 @@ class Planner:
                     continue
                 token = member.speeds_of(flight.offer).writing.at(member.load)
                 left = self._forecast.remaining_tokens(flight) * token
-                if flight.first is None:
-                    left += max(flight.expected - (now - flight.sent), 0.2 * (now - flight.sent))
+                if flight.ticket in member.awaiting:
+                    left += member.load_wait(flight.offer, now) + flight.expected
+                elif flight.first is None:
+                    read_for = now - flight.reading_from
+                    left += max(flight.expected - read_for, 0.2 * read_for)
                 found.append((left, flight))
         found.sort(key=lambda one: (-one[0], one[1].ticket))
         return found
@@ -416,8 +436,11 @@ class Planner:
         tokens = self._forecast.prompt_tokens(flight.ask)
         if (
             flight.member is member
+            or member.worker.fallback
+            or member.is_unloaded(offer)
+            or member.is_full(offer)
             or member.worker.id in flight.ask.needs.avoid
-            or self._fleet.is_too_long(tokens, offer, flight.ask.needs, now)
+            or self._fleet.is_too_long(tokens, offer, flight.ask.needs, now, batch=True)
             or not member.fits(offer, tokens)
         ):
             return False
@@ -462,7 +485,7 @@ class Planner:
         offers = self._fleet.offers_of(group.service[0])
         return all(
             seconds <= self._load(one, offer, paper, now) + self._cost(one, offer, paper)
-            for one in self._fleet.allowed(first.needs, now)[0]
+            for one in self._fleet.allowed(first.needs, now, batch=True)[0]
             for offer in [offers[one.worker.id]]
         )
 
@@ -474,14 +497,24 @@ class Planner:
         offers = self._fleet.offers_of(group.service[0])
         papers, pace = float(self._line.count_fresh(group.service)), 0.0
         fastest = soonest = float("inf")
-        members = self._fleet.able(*group.service, now).members
+        members = self.able(group.service, now).members
+        unloaded: list[tuple[float, float]] = []
         for member in members:
             offer = offers[member.worker.id]
             cost, load = self._cost(member, offer, paper), self._load(member, offer, paper, now)
+            if member.is_unloaded(offer):
+                unloaded.append((load, cost))
+                soonest = min(soonest, load + cost)
+                continue
             pace += 1 / cost
             papers += load / cost
             fastest = min(fastest, self._alone(member, offer, paper, max(member.load, 1)))
             soonest = min(soonest, load + cost)
+        for load, cost in sorted(unloaded):
+            if not pace or load < papers / pace:  # it has the model before the others would be through
+                papers += load / cost
+                pace += 1 / cost
+                fastest = min(fastest, load + cost)
         horizon = Horizon(now, papers / pace if pace else 0.0, fastest, soonest, len(members))
         self._line.set_horizon(group.service, horizon)
         return horizon
@@ -510,6 +543,7 @@ class Planner:
                 default=float("inf"),
             )
             here = self._latency(member, offer, paper.shared + paper.own, paper.output)
+            here += member.load_wait(offer, now)
             gain = at_home - here
             if here < STEAL_BELOW * at_home and (best is None or gain > best[0]):
                 best = gain, group, last
@@ -520,14 +554,15 @@ class Planner:
     def _at_home_seconds(self, worker_id: WorkerId, group: Group, ask: Ask, now: float) -> float:
         """Until the last of its prompts is done where its prefix is; endless where it may not go."""
         home = self._fleet.get(worker_id)
-        if home is None or home not in self._fleet.allowed(ask.needs, now)[0]:
+        if home is None or home not in self._fleet.allowed(ask.needs, now, batch=True)[0]:
             return float("inf")
         offer = self._fleet.offers_of(group.service[0]).get(worker_id)
         if offer is None:
             return float("inf")
         paper = self._sizes(group)
         rounds = -(-paper.prompts // (home.slots if home.shares_prefixes else 1))
-        return home.backlog(now) + self._latency(home, offer, paper.own, paper.output) * rounds
+        wait = max(home.backlog(now), home.load_wait(offer, now))
+        return wait + self._latency(home, offer, paper.own, paper.output) * rounds
 
     def _second_copy(
         self, member: Member, offer: ModelOffer, service: Service, now: float, active: bool
@@ -561,7 +596,7 @@ class Planner:
         """The prompt itself, or, while people chat, a slice of a long one first."""
         ticket, asked = ask
         seconds = self._policy.slice_seconds
-        if active and seconds:
+        if active and seconds and not member.worker.fallback:
             step = max(seconds * member.speeds_of(offer).prefill_tokens_per_second, 128.0)
             sizes = self._forecast.sizes(group.service[0])
             prefix = len(group.blocks) * sizes.block_tokens()
@@ -584,7 +619,9 @@ class Planner:
     ) -> tuple[Ticket, Ask] | None:
         """The first of its prompts that this worker may be given."""
         for ticket, ask in reversed(group.waiting.items()) if reverse else group.waiting.items():
-            if not ask.needs.avoid or member in self._fleet.allowed(ask.needs, now)[0]:
+            if ask.needs.local_only and member.worker.fallback:
+                continue
+            if not ask.needs.avoid or member in self._fleet.allowed(ask.needs, now, batch=True)[0]:
                 return ticket, ask
         return None
 
@@ -601,7 +638,7 @@ class Planner:
         self, member: Member, offer: ModelOffer, group: Group, ask: Ask, share: float, now: float
     ) -> bool:
         tokens = self._forecast.prompt_tokens(ask)
-        if self._fleet.is_too_long(tokens, offer, ask.needs, now):
+        if self._fleet.is_too_long(tokens, offer, ask.needs, now, batch=True):
             return False
         return member.fits(offer, tokens, self.shared_tokens(member, group), share)
 
@@ -636,5 +673,6 @@ class Planner:
         for flight in member.running.values():
             done = 0.0 if flight.first is None else (now - flight.first) / token
             tokens += max(flight.output - done, 0.0)
-        seconds = reading / speeds.prefill_tokens_per_second + member.backlog(now)
+        seconds = reading / speeds.prefill_tokens_per_second
+        seconds += max(member.backlog(now), member.load_wait(offer, now))
         return seconds + tokens * speeds.writing.at(streams) / streams

@@ -9,7 +9,7 @@ and every ticket that arrived is granted or refused once, and ends.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 from itertools import count, islice
 from math import ceil, inf, log
@@ -19,7 +19,7 @@ from balancer.core.admission import AdmissionPolicy, WaitingLine
 from balancer.core.batches import Assignment, BatchLine, BatchPolicy, Group, Planner, Service
 from balancer.core.breaker import BreakerPolicy, Phase
 from balancer.core.choosing import SHORTLIST, Chance, Chooser, Chosen
-from balancer.core.fleet import DRAINING, GUESSED_SECONDS, STUCK, Fleet, Flight, Member
+from balancer.core.fleet import DRAINING, GUESSED_SECONDS, STUCK, UNHEARD, Fleet, Flight, Member, Reach
 from balancer.core.forecast import Forecast
 from balancer.core.model import (
     Abandon,
@@ -36,6 +36,7 @@ from balancer.core.model import (
     Event,
     Gone,
     Grant,
+    Loading,
     Lost,
     ModelName,
     ModelOffer,
@@ -74,6 +75,12 @@ AT_WORK_SECONDS = 5.0
 SILENT_SECONDS, SILENT_UNBEGUN_SECONDS = 5.0, 8.0
 """Beyond three times what was expected: an engine that says nothing for so long is stuck. The second: before
 the first token of any of its answers."""
+COPY_BELOW = 0.5
+"""What waits for its model to be loaded is copied where it begins within this share of that time."""
+FAILED_RETRY_SECONDS = 30.0
+LONGEST_LOAD_RETRY_AFTER = 600.0
+"""After a model that cannot be loaded, and at the longest after one that is being loaded: a load takes as
+long as it takes, and who comes earlier is turned away again."""
 HEDGES_SAVED = 10
 """So many may be made at once, after a time without any."""
 _WRITES = frozenset({Endpoint.CHAT, Endpoint.COMPLETIONS})
@@ -116,6 +123,8 @@ class WorkerView:
     running: int
     slots: int
     models: tuple[ModelName, ...]
+    offers: tuple[ModelOffer, ...]
+    """The same with all that is known of them, automatic names and aliases included."""
     success_rate: float
     average_seconds: float | None
     prefill_tokens_per_second: float | None
@@ -173,7 +182,7 @@ class Dispatcher:
         """Tickets whose answers did not grow, at the last tick, since their readers are slow."""
         self._in_the_way: list[Ticket] = []
         """Measurements that somebody's request would have to wait for."""
-        self._waits: dict[tuple[Service, str | None], tuple[float, float]] = {}
+        self._waits: dict[tuple[Service, str | None, Reach], tuple[float, float]] = {}
         """When it was measured, and what `_seconds_each` was."""
 
     def handle(self, event: Event, now: float) -> list[Command]:
@@ -189,7 +198,10 @@ class Dispatcher:
             case Began(ticket):
                 return self._began(ticket, now)
             case Ended():
+                version = self._fleet.version
                 member = self._ended(event, now)
+                if version != self._fleet.version:  # who is no longer well leaves those who wait to others
+                    return self._place(None, now)
                 return self._place([member] if member else [], now)
             case Arrived(ticket, ask):
                 return self._arrived(ticket, ask, now)
@@ -199,7 +211,7 @@ class Dispatcher:
                 return self._tick(received, held, now)
             case Seen(worker):
                 self._fleet.seen(worker)
-                return self._place(None, now)
+                return self._refuse_hopeless(now) + self._place(None, now)
             case Draining(worker_id, on):
                 if not self._fleet.drained(worker_id, on):
                     return []
@@ -253,7 +265,15 @@ class Dispatcher:
             if (ask.needs.model, ask.needs.endpoint) == service
         )
         seconds = self._seconds_each(own.needs, now) * (before + 1)
-        return Standing(before + 1, seconds or None)
+        return Standing(before + 1, seconds or None, self._fleet.loading(own.needs, now))
+
+    def loading(self, ticket: Ticket, now: float) -> Loading | None:
+        """How far the model is loaded that the holder of this ticket waits for; None: it is loaded."""
+        flight = self._flights.get(ticket)
+        if flight is None or ticket not in flight.member.awaiting:
+            return None
+        load = flight.member.loads[flight.offer.own_name]
+        return Loading(flight.member.worker.id, load.progress, load.wait(now))
 
     # What happens
 
@@ -265,16 +285,26 @@ class Dispatcher:
             return self._arrived_batch(ticket, ask, now)
         # Those who wait were looked at when there last was news: they prefer to wait, or may not go there.
         if self._estimates or not self._line.has(ask.needs):
-            grant = self._grant(ticket, ask, now)
+            grant = self._grant(ticket, ask, now, before=self._line.count(ask.needs))
             if grant is not None:
                 return [grant]
-        if not ask.admitted:
-            if self._line.is_full:
-                return [self._refuse(ticket, ask, Refusal.QUEUE_FULL, now)]
-            if now + self._expected_wait(ask, now) > ask.deadline:
-                return [self._refuse(ticket, ask, Refusal.WOULD_WAIT_TOO_LONG, now)]
+        refusal = self._turned_away(ask, now)
+        if refusal is not None:
+            return [self._refuse_in_the_room(ticket, ask, refusal, now)]
         self._line.join(ticket, ask)
         return []
+
+    def _turned_away(self, ask: Ask, now: float) -> Refusal | None:
+        """Why it need not stand in line."""
+        if self._fleet.comes_too_late(ask, now) is not None:
+            return Refusal.MODEL_LOADING
+        if ask.admitted:
+            return None
+        if self._line.is_full:
+            return Refusal.QUEUE_FULL
+        if now + self._expected_wait(ask, now) > ask.deadline:
+            return Refusal.WOULD_WAIT_TOO_LONG
+        return None
 
     def _arrived_batch(self, ticket: Ticket, ask: Ask, now: float) -> list[Command]:
         if self._waiting_batch >= self._policy.admission.max_waiting_batch and not ask.admitted:
@@ -285,7 +315,7 @@ class Dispatcher:
         group = self._batch.join(ticket, ask)
         members = [member for member in map(self._fleet.get, group.homes) if member is not None]
         if not members:
-            able = self._fleet.able(ask.needs.model, ask.needs.endpoint, now).members
+            able = self._planner.able(group.service, now).members
             members = list(able)
             if len(able) > SHORTLIST:  # some of many; the next tick looks at all of them
                 first = int(self._chance.random() * len(able))
@@ -311,6 +341,8 @@ class Dispatcher:
         member = flight.member
         was_closed, was_stuck = member.breaker.phase is Phase.CLOSED, member.breaker.stuck
         member.breaker = member.breaker.settled(event.ticket, event.verdict, now, silent=event.silent)
+        if member.worker.fallback and not was_closed:
+            self._fleet.forget_able()
         if event.verdict is Verdict.GOOD:
             learning.answered(flight, event.measures, self._forecast, now)
             member.answered()
@@ -320,6 +352,9 @@ class Dispatcher:
             done = (flight.uncached if flight.first is not None else 0.0) + flight.tokens
             self._note_given(flight.ask, min(done - flight.given, 0.0), now)
         self._take_off(flight, now)
+        if event.loading is not None:
+            self._evict_unloaded(member, {flight.offer.own_name})
+            member.cannot_wait(flight.offer.own_name, event.loading, now)
         if event.hold_seconds is not None:
             member.held_until = max(member.held_until, now + event.hold_seconds)
             self._fleet.forget_able()
@@ -333,7 +368,7 @@ class Dispatcher:
             member.starts_slowly()
             self._batch.evict(member.worker.id)
         if event.verdict is not Verdict.UNKNOWN:
-            seconds = event.measures.seconds if event.measures else 0.0
+            seconds = max(event.measures.seconds - flight.load_seconds, 0.0) if event.measures else 0.0
             member.window.add(now, good=event.verdict is Verdict.GOOD, seconds=seconds)
         return member
 
@@ -348,17 +383,23 @@ class Dispatcher:
         member = self._fleet.get(worker_id)
         if member is None:
             return []
-        known, lost, room = member.condition, member.lost, member.room
-        self._fleet.reported(worker_id, condition, now)
+        room, unloaded = member.room, set(member.loads)
+        has_turned = self._fleet.reported(worker_id, condition, now)
+        self._evict_unloaded(member, member.loads.keys() - unloaded)
         if condition.ready:
             commands = self._calibrations(member, now)
         else:
             commands = []
             self._batch.evict(worker_id)
-        told = condition.ready, condition.models
-        if known is None or lost is not None or (known.ready, known.models) != told:
+        if has_turned:
             return commands + self._refuse_hopeless(now) + self._place(None, now)
         return commands + (self._place([member], now) if member.room > room else [])
+
+    def _evict_unloaded(self, member: Member, names: Set[ModelName]) -> None:
+        """What it remembered with these models is gone."""
+        if names:
+            public = {offer.name for offer in member.offers if offer.own_name in names}
+            self._batch.evict(member.worker.id, public)
 
     def _tick(self, received: Mapping[Ticket, int], held: Set[Ticket], now: float) -> list[Command]:
         for ticket, tokens in received.items():
@@ -372,6 +413,7 @@ class Dispatcher:
             commands += self._silent(member, now)
             commands += self._recovery(member, now)
         commands += self._refuse_overdue(now) + self._refuse_hopeless(now) + self._place(None, now)
+        commands += self._refuse_loading(now)
         if self._estimates:
             commands += self._copy_stragglers(now)
         if self._hedge is not None:
@@ -393,7 +435,8 @@ class Dispatcher:
         """Whether an engine is stuck: it has requests, and for much too long has said nothing on any."""
         if not member.running or member.lost is not None:
             return []
-        running = [one for one in member.running.values() if not one.held]
+        awaiting = member.awaiting
+        running = [one for one in member.running.values() if not one.held and one.ticket not in awaiting]
         if not running:
             return []
         first = running[0]
@@ -401,13 +444,13 @@ class Dispatcher:
         speeds = member.speeds_of(first.offer)
         longest = max((one.uncached for one in running if one.first is None), default=0.0)
         chunk = min(longest, learning.PREFILL_CHUNK_TOKENS) / speeds.prefill_tokens_per_second
-        quiet = now - max(member.last_byte, first.sent)
+        quiet = now - max(member.last_byte, first.reading_from)
         if begun:
             stuck = quiet > SILENT_SECONDS + 3 * chunk
         else:
             known = speeds.answers > 0  # of its speed nothing is known before: only the whole time limits it
             expected = first.expected + (speeds.overhead_seconds or 0.0)
-            late = now - first.sent > SILENT_UNBEGUN_SECONDS + 3 * expected
+            late = now - first.reading_from > SILENT_UNBEGUN_SECONDS + 3 * expected
             stuck = known and late and quiet > SILENT_UNBEGUN_SECONDS + 3 * chunk
         if not stuck:
             return []
@@ -426,25 +469,38 @@ class Dispatcher:
     # Requests of our own
 
     def _recovery(self, member: Member, now: float) -> list[Command]:
-        """A worker whose breaker has rested is tried with something that nobody waits for."""
-        if member.breaker.phase is Phase.CLOSED or not member.breaker.admits(now):
+        """A worker whose breaker has rested is tried with something that nobody waits for. A fallback is
+        not: that would cost money, so that it is tried with what somebody wants of it."""
+        if member.worker.fallback or member.breaker.phase is Phase.CLOSED or not member.breaker.admits(now):
             return []
         if member.unfit(now) is not None or member.room <= 0:
             return []
         tried_with = self._tried_with(member)
         if tried_with is None:
             return []
+        load = member.loads.get(tried_with[0].own_name)
+        if load is not None and load.begun:
+            return []  # it would say no more than that it is loading
         probe = self._probe(member, *tried_with, now, 1, 1)
         member.breaker = member.breaker.sent(probe.ticket, now)
         return [probe]
 
     def _calibrations(self, member: Member, now: float) -> list[Command]:
         """A new machine is measured before anybody waits for it."""
-        if not member.calibrates or member.unfit(now) is not None or member.room <= 0:
+        if (
+            not member.calibrates
+            or member.worker.fallback
+            or member.unfit(now) is not None
+            or member.room <= 0
+        ):
             return []
         for offer in member.offers:
             name = offer.own_name
-            if offer.loaded and name not in member.calibrated and _WRITES & offer.endpoints:
+            if member.is_unloaded(offer) or any(
+                one.offer.own_name == name for one in member.running.values()
+            ):
+                continue  # nobody asks for it, or somebody does, and shows how fast it is
+            if name not in member.calibrated and _WRITES & offer.endpoints:
                 member.calibrated.add(name)
                 endpoint = next(one for one in Endpoint if one in _WRITES & offer.endpoints)
                 least, most = CALIBRATION_PROMPT_TOKENS
@@ -456,13 +512,14 @@ class Dispatcher:
         return []
 
     def _tried_with(self, member: Member) -> tuple[ModelOffer, Endpoint] | None:
-        """What a worker is to be tried with: what failed, else something that it need not load first."""
-        for offer in member.offers:
+        """What a worker is to be tried with: what failed, else something else that it need not load first."""
+        offers = sorted((offer for offer in member.offers if offer.failed is None), key=member.is_unloaded)
+        for offer in offers:
             if member.failed_at is None or member.failed_at[0] != offer.name:
                 continue
-            if member.failed_at[1] in offer.endpoints:
+            if member.failed_at[1] in offer.endpoints and not member.is_unloaded(offer):
                 return offer, member.failed_at[1]
-        for offer in sorted(member.offers, key=lambda offer: not offer.loaded):
+        for offer in offers:
             for endpoint in Endpoint:
                 if endpoint in offer.endpoints:
                     return offer, endpoint
@@ -559,13 +616,14 @@ class Dispatcher:
         changed: Sequence[Member] | None,
     ) -> Grant | None:
         last_first = line is self._line and self._is_overloaded(needs, now)
-        for ticket, ask in islice(line.in_turn(needs, self._tokens, last_first=last_first), LOOKS):
+        in_turn = islice(line.in_turn(needs, self._tokens, last_first=last_first), LOOKS)
+        for before, (ticket, ask) in enumerate(in_turn):
             if ticket in declined:
                 continue
             if changed and self._estimates and self._chooser.prefers_waiting(ask, changed, now):
                 declined.add(ticket)
                 continue
-            grant = self._grant(ticket, ask, now, also=changed)
+            grant = self._grant(ticket, ask, now, also=changed, before=before)
             if grant is not None:
                 line.turns.served(ask.client, self._tokens(ask))
                 line.leave(ticket)
@@ -576,12 +634,34 @@ class Dispatcher:
         return None
 
     def _grant(
-        self, ticket: Ticket, ask: Ask, now: float, also: Sequence[Member] | None = None
+        self,
+        ticket: Ticket,
+        ask: Ask,
+        now: float,
+        also: Sequence[Member] | None = None,
+        *,
+        before: int = 0,
     ) -> Grant | None:
-        chosen = self._chooser.choose(ask, now, also or ())
+        """`before`: how many of those who need the same have their turn first."""
+
+        def queued() -> float:
+            return self._seconds_each(ask.needs, now) * (before + 1)
+
+        chosen = self._chooser.choose(ask, now, also or (), queued)
         if chosen is None:
             return None
+        if chosen.member.worker.fallback:
+            chosen = _because(chosen, "no worker of the room is well")
         return self._launch(ticket, ask, chosen, now)
+
+    def _fall_back(self, ticket: Ticket, ask: Ask, refusal: Refusal, now: float) -> Grant | None:
+        """A fallback for who would be refused."""
+        if ask.service_class is ServiceClass.BATCH:
+            return None
+        chosen = self._chooser.choose(ask, now, (), lambda: 0.0, outside=True)
+        if chosen is None:
+            return None
+        return self._launch(ticket, ask, _because(chosen, _INSTEAD_OF[refusal]), now)
 
     def _launch(
         self,
@@ -622,12 +702,17 @@ class Dispatcher:
             self._batch.sent(group, member.worker.id)
         if of is not None:
             self._copies[of] = ticket
-        member.breaker = member.breaker.sent(ticket, now)
+        breaker = member.breaker
+        member.breaker = breaker.sent(ticket, now)
+        if member.worker.fallback and member.breaker is not breaker:
+            self._fleet.forget_able()
         self._in_the_way += [
             one.ticket for one in member.running.values() if one.kind == "probe" and one.prompt > 1
         ]
         member.sent(flight)
-        if kind != "warm":
+        if flight.cold:
+            self._waits.clear()  # with one more that loads the model the line is shorter
+        if kind != "warm" and not member.worker.fallback:
             self._forecast.settle(ask, member.worker.id, prompt)
         flight.given = flight.uncached + flight.output
         self._note_given(ask, flight.given, now)
@@ -649,7 +734,7 @@ class Dispatcher:
         """`at_least_one`: batch has had less than its share, and gets one slot although people chat."""
         commands: list[Command] = []
         for service in self._batch.services():
-            able = self._fleet.able(*service, now).ids
+            able = self._planner.able(service, now).ids
             # Weighted random without replacement: the smallest of such keys is as likely as its weight's
             # share (Efraimidis and Spirakis, 2006).
             turns = [
@@ -692,7 +777,7 @@ class Dispatcher:
         tokens = self._forecast.prompt_tokens(ask) if warm is None else warm
         uncached = max(tokens - cached, 1.0)
         service = ask.needs.model, ask.needs.endpoint
-        excluded = self._fleet.able(ask.needs.model, ask.needs.endpoint, now).excluded
+        excluded = self._planner.able(service, now).excluded
         choice = Choice(
             worker_id=member.worker.id,
             candidates=tuple(
@@ -720,7 +805,7 @@ class Dispatcher:
             if not stragglers:
                 continue
             offers = self._fleet.offers_of(service[0])
-            for member in self._fleet.able(*service, now).members:
+            for member in self._planner.able(service, now).members:
                 while self._planner.is_open(member, now):
                     found = next(
                         (
@@ -756,16 +841,22 @@ class Dispatcher:
         for flight in [one for one in self._flights.values() if one.first is None]:
             if not self._asks_per_hedge or self._unhedged < self._asks_per_hedge:
                 break
-            waited = now - flight.sent
             if flight.kind != "ask" or not flight.is_interactive or flight.hedged:
                 continue
-            if waited <= max(policy.factor * flight.expected, policy.least_seconds):
-                continue
-            member = self._idle_for(flight, waited, now)
+            name = flight.member.worker.id
+            if flight.ticket in flight.member.awaiting:
+                left = flight.member.load_wait(flight.offer, now) + flight.expected
+                if left <= policy.least_seconds:
+                    continue
+                within, because = COPY_BELOW * left, f"{name} has yet to load the model"
+            else:
+                within, because = now - flight.reading_from, f"{name} is late with its first token"
+                if within <= max(policy.factor * flight.expected, policy.least_seconds):
+                    continue
+            member = self._idle_for(flight, within, now)
             if member is not None:
                 self._unhedged -= self._asks_per_hedge
                 flight.hedged = True
-                because = f"{flight.member.worker.id} is late with its first token"
                 commands.append(self._copy(flight, member, now, because))
         return commands
 
@@ -780,7 +871,9 @@ class Dispatcher:
             if member.load or member is flight.member or member.worker.id in ask.needs.avoid:
                 continue
             offer = offers[member.worker.id]
-            if member.breaker.phase is not Phase.CLOSED or not offer.loaded:
+            if member.worker.fallback or member.breaker.phase is not Phase.CLOSED:
+                continue
+            if member.is_unloaded(offer):
                 continue
             if self._fleet.is_too_long(tokens, offer, ask.needs, now):
                 continue
@@ -830,15 +923,18 @@ class Dispatcher:
         return self._forecast.prompt_tokens(ask) + self._forecast.answer_tokens(ask)
 
     def _hopeless(self, ask: Ask, now: float) -> Refusal | None:
-        """Nobody in the room serves it, and nobody is still expected to tell that they do."""
+        """Nobody in the room serves it, and nobody is still expected to tell that they do; or all that do
+        say that they cannot."""
         if self._fleet.serves(ask.needs):
-            return None
+            return Refusal.MODEL_FAILED if self._fleet.failures(ask.needs) is not None else None
         if ask.needs.kin is not None:
             return Refusal.MODEL_AWAY  # its client reads already: nobody is waited for who may never come
         if now < self._settled_at or not self._fleet.all_heard:
             return None
         if not len(self._fleet):
             return Refusal.ROOM_EMPTY
+        if self._fleet.has_fallback(ask.needs):
+            return Refusal.LOCAL_ONLY
         if self._fleet.knows(ask.needs.model):
             return Refusal.ENDPOINT_NOT_SERVED
         return Refusal.MODEL_AWAY if self._fleet.reticent else Refusal.MODEL_NOT_FOUND
@@ -847,11 +943,19 @@ class Dispatcher:
         commands: list[Command] = []
         for line in (self._line, self._plain_batch):
             for needs in line.needs():
-                if not self._fleet.serves(needs):
+                if not self._fleet.can_serve(needs):
                     commands += self._refuse_all(line.group(needs), line.ask_of, now)
         for service in self._batch.services():
-            if not self._fleet.serves(Needs(model=service[0], endpoint=service[1])):
-                commands += self._refuse_all(self._batch.tickets(service), self._batch.ask_of, now)
+            for local_only in (False, True):
+                needs = Needs(model=service[0], endpoint=service[1], local_only=local_only)
+                if self._fleet.can_serve(needs):
+                    continue
+                tickets = [
+                    ticket
+                    for ticket in self._batch.tickets(service)
+                    if self._batch.ask_of(ticket).needs.local_only == local_only
+                ]
+                commands += self._refuse_all(tickets, self._batch.ask_of, now)
         return commands
 
     def _refuse_all(
@@ -871,9 +975,29 @@ class Dispatcher:
         commands: list[Command] = []
         for line in (self._line, self._batch, self._plain_batch):
             for ticket in line.overdue(now):
-                commands.append(self._refuse(ticket, line.ask_of(ticket), Refusal.WAITED_TOO_LONG, now))
+                ask = line.ask_of(ticket)
+                is_late = self._fleet.comes_too_late(ask, now) is not None
+                refusal = Refusal.MODEL_LOADING if is_late else Refusal.WAITED_TOO_LONG
                 self._leave(ticket)
+                commands.append(self._refuse_in_the_room(ticket, ask, refusal, now))
         return commands
+
+    def _refuse_loading(self, now: float) -> list[Command]:
+        """Those who wait and for whom nobody will have the model in time, as is seen by now."""
+        commands: list[Command] = []
+        for needs in self._line.needs():
+            if self._fleet.loading(needs, now) is None:
+                continue
+            for ticket in self._line.group(needs):
+                ask = self._line.ask_of(ticket)
+                if self._fleet.comes_too_late(ask, now) is not None:
+                    self._leave(ticket)
+                    commands.append(self._refuse_in_the_room(ticket, ask, Refusal.MODEL_LOADING, now))
+        return commands
+
+    def _refuse_in_the_room(self, ticket: Ticket, ask: Ask, refusal: Refusal, now: float) -> Command:
+        """The room cannot serve it; a fallback may."""
+        return self._fall_back(ticket, ask, refusal, now) or self._refuse(ticket, ask, refusal, now)
 
     def _refuse(self, ticket: Ticket, ask: Ask, refusal: Refusal, now: float) -> Refuse:
         return Refuse(
@@ -881,7 +1005,9 @@ class Dispatcher:
             refusal=refusal,
             models=tuple(self._fleet.models()),
             retry_after=self._retry_after(ask, refusal, now),
-            detail=self._fleet.condition_of(ask.needs, now)
+            loading=self._fleet.loading(ask.needs, now) if refusal is Refusal.MODEL_LOADING else None,
+            detail=self._fleet.failures(ask.needs)
+            or self._fleet.condition_of(ask.needs, now)
             or "; ".join(f"{member.worker.id}: {member.unfit(now)}" for member in self._fleet.reticent),
         )
 
@@ -889,9 +1015,15 @@ class Dispatcher:
         """When the present line will have been worked off, at the room's measured pace; of who would have
         waited too long, when the line will be short enough. Those who are turned away one after the other
         are told to come one after the other."""
+        if refusal is Refusal.MODEL_FAILED:
+            return FAILED_RETRY_SECONDS
+        if refusal is Refusal.MODEL_LOADING:
+            loading = self._fleet.loading(ask.needs, now)
+            left = GUESSED_SECONDS if loading is None else loading.eta_seconds or GUESSED_SECONDS
+            return min(max(left, LEAST_RETRY_AFTER), LONGEST_LOAD_RETRY_AFTER)
         is_batch = ask.service_class is ServiceClass.BATCH
         waiting = self._waiting_batch if is_batch else len(self._line)
-        each = self._pace(list(self._fleet), now)
+        each = self._pace([member for member in self._fleet if not member.worker.fallback], now)
         if each is None:
             return min(max(GUESSED_SECONDS, LEAST_RETRY_AFTER), LONGEST_RETRY_AFTER)
         wait = each * (waiting + 1)
@@ -910,13 +1042,25 @@ class Dispatcher:
         """By which each one in line makes those behind wait longer; 0 while too little is known to say."""
         if not self._fleet.knows(needs.model):
             return 0.0
-        service = (needs.model, needs.endpoint), needs.kin
+        service = (needs.model, needs.endpoint), needs.kin, self._fleet.reach(needs)
         at, each = self._waits.get(service, (-inf, 0.0))
         if now - at > WAIT_SECONDS:
-            able = self._fleet.able(needs.model, needs.endpoint, now, needs.kin)
-            each = self._pace(able.members, now) or 0.0
+            each = self._pace(self._with_model(needs, now), now) or 0.0
             self._waits[service] = now, each
         return each
+
+    def _with_model(self, needs: Needs, now: float) -> Sequence[Member]:
+        """Those that are well and have the model or load it; all, where nobody does."""
+        members = self._fleet.able_for(needs, now).members
+        if not any(member.loads for member in members):
+            return members
+        offers = self._fleet.offers_of(needs.model)
+        have = []
+        for member in members:
+            load = member.loads.get(offers[member.worker.id].own_name)
+            if load is None or load.begun:
+                have.append(member)
+        return have or members
 
     def _pace(self, members: Sequence[Member], now: float) -> float | None:
         """Seconds in which these workers together take in one request; None: nothing was measured yet."""
@@ -928,6 +1072,19 @@ class Dispatcher:
         if not averages or not slots:
             return None
         return 1 / slots * sum(averages) / len(averages)
+
+
+_INSTEAD_OF = {
+    Refusal.QUEUE_FULL: "the waiting line is full",
+    Refusal.WOULD_WAIT_TOO_LONG: "its turn in the room would come too late",
+    Refusal.WAITED_TOO_LONG: "it has waited too long",
+    Refusal.MODEL_LOADING: "the room will not have loaded the model in time",
+}
+"""What else would have been the answer to who is given a fallback."""
+
+
+def _because(chosen: Chosen, because: str) -> Chosen:
+    return replace(chosen, choice=replace(chosen.choice, because=because))
 
 
 def _seconds_to_first(member: Member, offer: ModelOffer, uncached: float, now: float) -> float:
@@ -943,7 +1100,7 @@ def _view(member: Member, now: float) -> WorkerView:
     if member.lost is not None:
         state, detail = "lost", member.lost
     elif condition is None:
-        state, detail = "unknown", "not heard of yet"
+        state, detail = "unknown", UNHEARD
     else:
         state, detail = condition.state, condition.detail
         if member.draining:
@@ -951,6 +1108,7 @@ def _view(member: Member, now: float) -> WorkerView:
         elif member.breaker.stuck:
             detail = f"{STUCK}: gets nothing until it has answered a probe"
     speeds = next((one for one in member.speeds.values() if one.answers), None)
+    offers = member.offers
     return WorkerView(
         worker=member.worker,
         state=state,
@@ -959,7 +1117,8 @@ def _view(member: Member, now: float) -> WorkerView:
         stuck=member.breaker.stuck,
         running=len(member.running),
         slots=member.slots,
-        models=tuple(offer.name for offer in member.offers if not offer.automatic),
+        models=tuple(offer.name for offer in offers if not offer.automatic),
+        offers=offers,
         success_rate=member.window.success_rate,
         average_seconds=member.window.average_seconds,
         prefill_tokens_per_second=speeds.prefill_tokens_per_second if speeds else None,

@@ -7,7 +7,8 @@ suffers. A worker's own words travel as the message; a dialect gives the error i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 
 class RequestError(Exception):
@@ -19,6 +20,8 @@ class RequestError(Exception):
     param: str | None = None
     retry_after: float | None = None
     """Seconds after which a new try has a fair chance; None: trying again changes nothing."""
+    more: Mapping[str, object] = MappingProxyType({})
+    """What the error says besides, under keys of its own."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -54,6 +57,17 @@ class ModelNotFound(RequestError):
             f"The model {model!r} is not served here. Models that are: {there}."
             if models
             else f"The model {model!r} is not served here; no worker serves any model yet."
+        )
+
+
+class OnlyOutside(RequestError):
+    status, type, code, param = 404, "invalid_request_error", "model_not_local", "model"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(
+            f"Only a fallback outside of this room serves the model {model!r}, and the request is local "
+            "only. Leave out X-Local-Only and metadata.local_only to let it go there, or ask for a model "
+            "of the room."
         )
 
 
@@ -115,6 +129,30 @@ class NoRoom(RequestError):
     def __init__(self, message: str, retry_after: float) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class ModelLoading(RequestError):
+    """No worker will have the model loaded in time; one has begun."""
+
+    status, code = 503, "model_loading"
+
+    def __init__(
+        self, model: str, worker: str, progress: float | None, eta_seconds: float | None, retry_after: float
+    ) -> None:
+        eta = "" if eta_seconds is None else f", about {math.ceil(eta_seconds)} s to go"
+        done = "" if progress is None else f", {progress:.0%} done"
+        super().__init__(
+            f"The model {model!r} is being loaded on {worker}{done}{eta}. "
+            f"Try again in {math.ceil(retry_after)} s."
+        )
+        self.retry_after = retry_after
+        self.more = {"loading": {"worker": worker, "progress": progress, "eta_seconds": eta_seconds}}
+
+
+class ModelFailed(NoRoom):
+    """Each worker that has the model says that it cannot load it."""
+
+    code = "model_failed"
 
 
 # The workers' fault, after every retry that was allowed.

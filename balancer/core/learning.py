@@ -18,9 +18,17 @@ MOSTLY = 0.75
 def begun(flight: Flight, forecast: Forecast, now: float) -> None:
     """The first token has come."""
     member, speeds = flight.member, flight.member.speeds_of(flight.offer)
+    if flight.ticket in member.awaiting:  # nobody has told that its model is loaded; now it is seen
+        member.took_to_load(flight.offer.own_name, now - flight.sent - flight.expected)
+        member.has_loaded(flight.offer.own_name, now)
+    if flight.cold:
+        member.began(flight, now)
+        _remember_at_once(flight, forecast)
+        return
     # Prompts are read one after the other: what was before it is not its own time.
     behind_another = len(member.pending) > 1
-    seconds = now - (max(flight.sent, member.last_first) if behind_another else flight.sent)
+    since = flight.reading_from
+    seconds = now - (max(since, member.last_first) if behind_another else since)
     member.began(flight, now)
     if flight.uncached > MOSTLY * flight.prompt:  # else an engine that has forgotten would look slow
         before = speeds.prefill_tokens_per_second
@@ -28,8 +36,7 @@ def begun(flight: Flight, forecast: Forecast, now: float) -> None:
         flight.taught = speeds.prefill_tokens_per_second / before
     own = flight.uncached / speeds.prefill_tokens_per_second + speeds.answering.at(member.load)
     speeds.began(now - flight.sent, own)
-    if member.shares_prefixes and flight.kind != "probe":
-        forecast.remember(flight)
+    _remember_at_once(flight, forecast)
     if member.condition is not None and member.condition.slots is None:
         member.limit.began(
             seconds=now - flight.sent,
@@ -37,6 +44,12 @@ def begun(flight: Flight, forecast: Forecast, now: float) -> None:
             running=len(member.running),
         )
         member.changed()
+
+
+def _remember_at_once(flight: Flight, forecast: Forecast) -> None:
+    """Where a prefix in use can serve others."""
+    if flight.member.shares_prefixes and flight.kind != "probe":
+        forecast.remember(flight)
 
 
 def grown(flight: Flight, tokens: int, now: float) -> None:
@@ -66,7 +79,9 @@ def answered(flight: Flight, measures: Measures | None, forecast: Forecast, now:
         return
     prompt, cached, output = measures.prompt_tokens, measures.cached_tokens, measures.output_tokens
     if prompt and cached is not None:
-        if flight.taught is None:
+        if flight.cold:
+            pass
+        elif flight.taught is None:
             speeds.read(prompt - cached, first - flight.sent, alone=flight.kind == "probe")
         elif prompt - cached < MOSTLY * flight.uncached:
             speeds.prefill_tokens_per_second /= flight.taught  # it remembered more than was known
@@ -79,8 +94,8 @@ def _remember(flight: Flight, measures: Measures, forecast: Forecast) -> None:
     prompt = measures.prompt_tokens
     if flight.kind in ("ask", "copy"):
         forecast.sizes(ask.needs.model).counted(ask, prompt, measures.output_tokens)
-        tokens = (prompt or flight.prompt) + (measures.output_tokens or 0)
-        forecast.settle(ask, member.worker.id, tokens)
+        if not member.worker.fallback:
+            forecast.settle(ask, member.worker.id, (prompt or flight.prompt) + (measures.output_tokens or 0))
     if flight.kind == "probe":
         return
     if prompt and measures.cached_tokens is not None:

@@ -64,6 +64,9 @@ class Needs(NamedTuple):
     (`ModelOffer.kin`), and that can go on with an answer. None: from the beginning, on any."""
     local_only: bool = False
     """It must not leave the room (`Worker.fallback`)."""
+    failed_here: bool = False
+    """The workers that it is to avoid failed at it, and none was only busy: where no other one is well, a
+    fallback may answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +98,7 @@ class Worker:
     type: str
     """A row of `worker_types.WORKER_TYPES`; the core does not look inside."""
     url: str
-    """`http://host:port`, without a path."""
+    """`http://host:port`; of one without an agent it may have a path, which stands for `/v1` there."""
     cap: int | None = None
     """At most so many requests at once, whatever the worker says of itself; None: its own word."""
     only: frozenset[ModelName] = frozenset()
@@ -108,7 +111,11 @@ class Worker:
     or it is found out when it matters."""
     fallback: bool = False
     """Outside of the room (a paid API): asked only where no worker of the room can answer, and never for an
-    ask that is `Needs.local_only`."""
+    ask that is `Needs.local_only`. It offers its models under their aliases only."""
+    ca_file: str | None = None
+    """Whose certificates its own is verified by, over https; None: those that the system trusts."""
+    api_version: str | None = None
+    """Of Azure's dated APIs: the one to speak; None: the newer one, which has no date."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,11 +138,14 @@ class ModelOffer:
     loading: bool = False
     """It is not loaded, and being loaded now."""
     load_seconds: float = 0.0
-    """What loading takes from now on, if it is not loaded."""
+    """If it is not loaded: the seconds until it answers, from the moment of this report; where nobody loads
+    it yet, from the moment that somebody asks for it."""
     progress: float | None = None
     """While it is loading, the share that is done; None: not known."""
     failed: str | None = None
     """Why the worker cannot serve it at present, for people; None: it can."""
+    slots: int | None = None
+    """How many requests for it the worker works on at once; None: as many as for all its models together."""
     memory_tokens: int | None = None
     """Tokens that all requests which run at once may hold together (vLLM's KV cache); None: slots alone
     bound them."""
@@ -168,6 +178,8 @@ class Condition:
     """How many requests it works on at once; None: it does not say."""
     running: int | None = None
     """Requests that it holds, whoever sent them; None: it does not say."""
+    tells_loads: bool = False
+    """What it says of loads under way can be believed; else they are known only by first tokens."""
     calibrates: bool = False
     """Its speeds may be measured with a prompt of our own when it is new: that costs nobody anything."""
     shares_prefixes: bool = False
@@ -186,6 +198,16 @@ class Verdict(Enum):
     BAD = "bad"
     UNKNOWN = "unknown"
     """Nothing was learned: the client left, or the request itself was wrong."""
+
+
+class Loading(NamedTuple):
+    """A model that a worker is loading, or will when it is asked for it."""
+
+    worker_id: WorkerId
+    progress: float | None
+    """The share that is done; None: not known."""
+    eta_seconds: float | None
+    """Until it answers; None: not known."""
 
 
 class Measures(NamedTuple):
@@ -213,6 +235,8 @@ class Attempt:
     detail: str
     """For people: what happened to the connection. Never a part of prompt or answer."""
     measures: Measures
+    fallback: bool = False
+    """The worker is none of the room."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,6 +262,11 @@ class Served:
     """How often a worker read a part of the prompt ahead. They are not among the attempts."""
     continued: int = 0
     """How often a streamed answer went on at another worker."""
+
+    @property
+    def fallback(self) -> bool:
+        """A worker outside of the room had it last."""
+        return bool(self.attempts) and self.attempts[-1].fallback
 
 
 # What happens to the dispatcher ...
@@ -269,6 +298,9 @@ class Ended:
     """The worker asked to be left alone for so long (Retry-After)."""
     silent: bool = False
     """What was bad is that nothing came for as long as one waits for it."""
+    loading: Loading | None = None
+    """The worker has to load the model first, and that takes longer than the ask could wait: it begins all
+    the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -401,6 +433,12 @@ class Refusal(Enum):
     WOULD_WAIT_TOO_LONG = "would_wait_too_long"
     """As things stand its turn would come after its deadline."""
     WAITED_TOO_LONG = "waited_too_long"
+    MODEL_LOADING = "model_loading"
+    """It is being loaded, and nobody will have it before the deadline."""
+    MODEL_FAILED = "model_failed"
+    """Each worker that has it says that it cannot load it."""
+    LOCAL_ONLY = "local_only"
+    """Only a fallback serves it, and the ask must not leave the room."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -415,6 +453,8 @@ class Refuse:
     """Seconds after which a new try has a fair chance."""
     detail: str = ""
     """For people: the state of the workers that serve the model, at the moment of refusing."""
+    loading: Loading | None = None
+    """With MODEL_LOADING: who will have it first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -436,3 +476,5 @@ class Standing:
     """1: the next one of its class that wants this model."""
     eta_seconds: float | None
     """Until it is likely to be its turn; None: nothing was measured yet."""
+    loading: Loading | None = None
+    """Nobody has the model loaded; who will have it first."""

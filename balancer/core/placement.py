@@ -14,6 +14,7 @@ from itertools import accumulate
 from math import inf
 
 from balancer.core.fleet import Line
+from balancer.core.loads import LEAST_LEFT
 from balancer.core.model import Candidate, WorkerId
 from balancer.core.scorers import SCORERS, Standing
 
@@ -71,6 +72,9 @@ class PlacementPolicy:
     """Who would take longer than `cut` times the best, and so many seconds, is waited past ..."""
     patience: float = 1.0
     """... for so long, as a share of the seconds by which it is worse."""
+    load_factor: float = 1.5
+    """A worker that would have to load the model first is asked only where what it takes, so many times, is
+    less than the wait at those that have the model or load it: a load takes a machine from everybody else."""
 
     @property
     def policy(self) -> Policy:
@@ -81,16 +85,20 @@ class PlacementPolicy:
 
 
 def expected_seconds(line: Line, uncached: float, output: float, now: float, *, full: bool) -> float:
-    """What an ask costs on a worker: the wait for room, the prompts before it, its own, its answer as far as
-    it counts, and the delay that it causes there (ROUTING 2, "Estimate")."""
+    """What an ask costs on a worker: the wait for room or for the model, the prompts before it, its own, its
+    answer as far as it counts, and the delay that it causes there (ROUTING 2, "Estimate")."""
     seconds = line.fixed + line.per_uncached * uncached + line.per_output * output
     if line.backlog_ends > now:
         seconds += max(line.backlog_ends - now, line.backlog_least)
     else:
         seconds += line.backlog_least
+    # What should have ended and has not is expected to take as long again as it is late. A model is loaded
+    # while one waits for room.
     if full:
-        # What should have ended and has not is expected to take as long again as it is late.
-        seconds += max(abs(line.free_at - now), line.token_seconds)
+        wait = max(abs(line.free_at - now), line.token_seconds)
+        seconds += max(wait, line.ready_at - now)
+    elif line.ready_at > -inf:
+        seconds += max(abs(line.ready_at - now), LEAST_LEFT)
     return seconds
 
 

@@ -25,6 +25,8 @@ class Cause(Enum):
     """The worker says that it failed: a 5xx, or an error in place of an answer."""
     BUSY = "busy"
     """The worker has no room or is loading: 429 or 503."""
+    LOADING = "loading"
+    """The worker has to load the model first, for longer than the request could wait; it has begun."""
     SILENT = "silent"
     """No byte for longer than the read timeout."""
     LOST = "lost"
@@ -53,6 +55,7 @@ CAUSES: dict[Cause, Consequence] = {
     Cause.CRASHED: Consequence(Verdict.BAD, again=True),
     Cause.ERRED: Consequence(Verdict.BAD, again=True),
     Cause.BUSY: Consequence(Verdict.UNKNOWN, again=True),
+    Cause.LOADING: Consequence(Verdict.UNKNOWN, again=True),
     Cause.SILENT: Consequence(Verdict.BAD, again=True),
     Cause.LOST: Consequence(Verdict.BAD, again=True),
     Cause.CANNOT_CONTINUE: Consequence(Verdict.UNKNOWN, again=True),
@@ -62,9 +65,10 @@ CAUSES: dict[Cause, Consequence] = {
     Cause.REJECTED: Consequence(Verdict.UNKNOWN, again=False),
 }
 
+NO_FAILURES = frozenset({Cause.BUSY, Cause.LOADING})
 MAX_BUSY = 20
-"""Tries that may end with a worker saying that it has no room. They cost nobody anything and are no failures;
-in line the request would have waited as long."""
+"""Tries that may end with a worker saying that it has no room, or not the model yet. They cost nobody
+anything and are no failures; in line the request would have waited as long."""
 
 SAME_PLACE_TOKENS = 8
 """How far apart two tries at one request may have got for it to be the same place."""
@@ -99,6 +103,9 @@ class Tried:
 class Again:
     delay: float
     avoid: frozenset[WorkerId]
+    """Who loads the model is not among them: when it will have it is known."""
+    failed_here: bool = False
+    """Each of them failed at it, and none was only busy."""
 
 
 def is_poison(tried: Sequence[Tried]) -> bool:
@@ -124,10 +131,12 @@ def after(policy: RetryPolicy, tried: Sequence[Tried], chance: float) -> Again |
     """
     if not CAUSES[tried[-1].cause].again or is_poison(tried) or not policy.max_retries:
         return None
-    busy = sum(attempt.cause is Cause.BUSY for attempt in tried)
+    busy = sum(attempt.cause in NO_FAILURES for attempt in tried)
     if len(tried) - busy > policy.max_retries or busy > MAX_BUSY:
         return None
     longest = min(policy.base_seconds * 2.0 ** (len(tried) - 2), policy.longest_seconds)
     return Again(
-        chance * longest if len(tried) > 1 else 0.0, frozenset(attempt.worker_id for attempt in tried)
+        chance * longest if len(tried) > 1 else 0.0,
+        frozenset(attempt.worker_id for attempt in tried if attempt.cause is not Cause.LOADING),
+        failed_here=all(CAUSES[attempt.cause].verdict is Verdict.BAD for attempt in tried),
     )

@@ -232,6 +232,8 @@ class Request:
     prompt: Prompt
     max_output: int | None
     """Tokens that the answer may have at most; None: the client names no limit."""
+    local_only: bool = False
+    """It must not leave the room: `"metadata": {"local_only": true}`."""
 
     def to_worker(self, model: str, *, stream: bool) -> bytes:
         """The body for a worker that calls the model so. Streams always end with their usage."""
@@ -309,7 +311,24 @@ def parse(endpoint: Endpoint, body: bytes, key: bytes = b"") -> Request:
         else ServiceClass.INTERACTIVE,
         prompt=prompts.describe(endpoint, kept, key),
         max_output=kept.get("max_completion_tokens", kept.get("max_tokens")),
+        local_only=_is_local_only(fields.get("metadata")),
     )
+
+
+def _is_local_only(metadata: Any) -> bool:
+    """Raises `BadRequest` for what might mean it: who misspells it must not find their prompts elsewhere."""
+    told = metadata.get("local_only") if isinstance(metadata, dict) else None
+    if told is None or isinstance(told, bool):
+        return bool(told)
+    meant = read_flag(told) if isinstance(told, str) else None
+    if meant is None:
+        raise BadRequest("'metadata.local_only' must be true or false.", param="metadata.local_only")
+    return meant
+
+
+def read_flag(text: str) -> bool | None:
+    """Of a word in any case; None: it is neither `true` or `1` nor `false` or `0`."""
+    return {"true": True, "1": True, "false": False, "0": False}.get(text.strip().lower())
 
 
 _BUT_STRUCTURE = bytes(byte for byte in range(256) if byte not in b'[]{}":')
@@ -518,8 +537,10 @@ class StreamReader:
         return chunk
 
     def _learn_name(self, event: bytes, chunk: Json) -> None:
-        self._looked = True
         theirs = chunk.get("model")
+        if theirs == "":
+            return  # Azure's first event, about the prompt
+        self._looked = True
         if isinstance(theirs, str) and theirs != self.model:
             # Inside a JSON string each quote is escaped, so this cannot match a part of the answer's text.
             written = re.search(rb'"model"\s*:\s*' + re.escape(orjson.dumps(theirs)), event)
@@ -723,6 +744,10 @@ class WorkerComplaint:
     message: str
     code: str | None
     param: str | None
+    progress: float | None = None
+    """Of the model that is being loaded, the share that is done."""
+    eta_seconds: float | None = None
+    """Until it is."""
 
 
 def read_complaint(body: bytes) -> WorkerComplaint:
@@ -745,7 +770,21 @@ def read_complaint(body: bytes) -> WorkerComplaint:
         _sentence(message) if isinstance(message, str) else "It gave no reason.",
         code if isinstance(code, str) else None,
         param if isinstance(param, str) else None,
+        *_loading(error.get("loading")),
     )
+
+
+def _loading(told: Any) -> tuple[float | None, float | None]:
+    """Progress and seconds left, as an agent (and another balancer) tells them."""
+    if not isinstance(told, dict):
+        return None, None
+    return _within(told.get("progress"), 1.0), _within(told.get("eta_seconds"), 1_000_000.0)
+
+
+def _within(value: Any, most: float) -> float | None:
+    """A number from 0 to that; None for anything else."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and 0 <= value <= most else None
 
 
 def _sentence(text: str) -> str:
@@ -762,6 +801,7 @@ def error_body(error: RequestError) -> bytes:
                 "type": error.type,
                 "param": error.param,
                 "code": error.code,
+                **error.more,
             }
         }
     )

@@ -15,7 +15,7 @@ from balancer.settings import SettingsError, load, variable
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch):
-    for key in (*Tunables.model_fields, "workers"):
+    for key in (*Tunables.model_fields, "workers", "admin_key", "cluster_key"):
         monkeypatch.delenv(variable(key), raising=False)
 
 
@@ -208,6 +208,51 @@ def test_a_key_that_cannot_be_had_is_told_with_its_worker(
     told = complaint(room_with(config, reference))
     assert told.startswith('the api_key of worker "box:8000" comes from')
     assert sentence in told
+
+
+def test_the_balancers_own_keys_come_from_variables_or_files_and_are_in_no_dump(config, monkeypatch):
+    path = config(admin_key_file="keys/admin", cluster_key_file="~/cluster")
+    monkeypatch.setenv("HOME", str(path.parent))
+    (path.parent / "keys").mkdir()
+    (path.parent / "keys" / "admin").write_text("the-admin-key\n")
+    (path.parent / "cluster").write_text("the-cluster-key\n")
+    settings = load(path, {})
+    assert (settings.admin_key, settings.cluster_key) == ("the-admin-key", "the-cluster-key")
+    monkeypatch.setenv("BALANCER_ADMIN_KEY", "from-the-variable")
+    monkeypatch.setenv("BALANCER_CLUSTER_KEY_FILE", str(path.parent / "keys" / "admin"))
+    settings = load(path, {})
+    assert (settings.admin_key, settings.cluster_key) == ("from-the-variable", "the-admin-key")
+    for text in (repr(settings), str(settings.model_dump()), settings.model_dump_json()):
+        assert "from-the-variable" not in text
+        assert "the-admin-key" not in text
+
+
+def test_without_any_the_balancers_own_keys_are_left_to_the_data_folder():
+    settings = load(None, {})
+    assert (settings.admin_key, settings.cluster_key) == (None, None)
+
+
+@pytest.mark.parametrize("content", [None, "", "two words"])
+def test_an_own_key_that_cannot_be_had_is_told(config, content):
+    path = config(admin_key_file="admin")
+    if content is not None:
+        (path.parent / "admin").write_text(content)
+    assert complaint(path).startswith(f"the admin key comes from the file {path.parent / 'admin'}, which ")
+
+
+def test_a_key_does_not_stand_in_the_file_itself(config):
+    with pytest.raises(ConfigFaults, match='unknown key "admin_key", did you mean "admin_key_file"'):
+        load(config(admin_key="the-admin-key-itself"), {})
+
+
+def test_settings_are_read_again_from_the_same_layers(config, monkeypatch):
+    path = config(max_queue=1, max_retries=1)
+    settings = load(path, {"max_retries": 2})
+    path.write_text('{"max_queue": 5, "max_retries": 5, "max_body_mib": 5}')
+    monkeypatch.setenv("BALANCER_MAX_BODY_MIB", "6")
+    again = settings.read_again()
+    assert (again.max_queue, again.max_retries, again.max_body_mib) == (5, 2, 6)
+    assert settings.max_queue == 1
 
 
 def test_every_missing_key_is_told(config):

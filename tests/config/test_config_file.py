@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,13 @@ from balancer.config_file import (
     SecretReference,
     expected,
     parse,
+    published_schema,
     read,
 )
 from balancer.core.model import Worker
 from balancer.core.placement import DEFAULT_POLICY, POLICIES, PlacementPolicy
 from balancer.core.scorers import SCORERS
+from balancer.worker_types import WORKER_TYPES
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = (
@@ -67,7 +70,10 @@ def test_the_published_form_describes_a_worker():
 
 @pytest.mark.parametrize(
     ("type_name", "port", "cap"),
-    [("agent", 4100, None), ("ollama", 11434, 5), ("lm_studio", 1234, 5), ("openai", 8000, 5)],
+    [
+        *(("agent", 4100, None), ("ollama", 11434, 5), ("lm_studio", 1234, 5), ("openai", 8000, 5)),
+        *(("llama_cpp", 8080, 5), ("vllm", 8000, 5)),
+    ],
 )
 def test_a_host_and_a_type_are_enough(type_name, port, cap):
     assert worker(host="box", type=type_name) == Worker(
@@ -82,6 +88,71 @@ def test_a_worker_without_a_type_speaks_openais_api():
 @pytest.mark.parametrize("host", ["fd00::2", "[fd00::2]"])
 def test_an_ipv6_host_stands_in_brackets_in_the_url(host):
     assert worker(host=host, tls=True).url == "https://[fd00::2]:8000"
+
+
+@pytest.mark.parametrize(
+    ("type_name", "url", "found"),
+    [
+        ("openai", "http://box", "http://box:8000"),
+        ("openai", "https://api.example.com", "https://api.example.com:443"),
+        ("openai", "https://api.example.com:8443/api/v1/", "https://api.example.com:8443/api/v1"),
+        ("vllm", "http://[fd00::2]:9/v1", "http://[fd00::2]:9/v1"),
+        ("ollama", "http://box/", "http://box:11434"),
+    ],
+)
+def test_a_url_says_it_all(type_name, url, found):
+    assert worker(url=url, type=type_name).url == found
+
+
+def test_a_private_ca_belongs_to_a_worker():
+    assert worker(host="box", tls=True, ca_file="lab.pem").ca_file == "lab.pem"
+
+
+KEY = {"env": "K"}
+
+
+def test_a_remote_api_offers_what_is_named_and_nothing_else():
+    found = worker(
+        type="openai", url="https://api.example.com", fallback=True, api_key=KEY, models={"a": "b"}
+    )
+    assert found == Worker(
+        id="api.example.com:443",
+        type="openai",
+        url="https://api.example.com:443",
+        cap=5,
+        aliases=(("a", "b"),),
+        fallback=True,
+    )
+
+
+def test_azure_and_anthropic_are_always_fallbacks():
+    azure = worker(
+        type="azure",
+        url="https://n.openai.azure.com",
+        api_version="2024-10-21",
+        api_key=KEY,
+        models={"a": "our-gpt"},
+    )
+    assert (azure.fallback, azure.api_version) == (True, "2024-10-21")
+    claude = worker(type="anthropic", api_key=KEY, models={"a": "claude-sonnet-4-5"})
+    assert (claude.fallback, claude.url) == (True, "https://api.anthropic.com:443")
+
+
+@pytest.mark.parametrize(
+    ("members", "headers"),
+    [
+        ({"host": "h"}, {"Authorization": "Bearer k"}),
+        ({"host": "h", "type": "llama_cpp"}, {"Authorization": "Bearer k"}),
+        ({"type": "azure", "url": "https://n.openai.azure.com", "models": {"a": "b"}}, {"api-key": "k"}),
+        (
+            {"type": "anthropic", "models": {"a": "b"}},
+            {"x-api-key": "k", "anthropic-version": "2023-06-01"},
+        ),
+    ],
+)
+def test_a_key_is_sent_as_the_type_wants_it(members, headers):
+    entry = parse(json.dumps({"workers": [members | {"api_key": KEY}]}), "f").workers[0]
+    assert entry.headers("k") == headers
 
 
 def test_comments_trailing_commas_and_a_byte_order_mark_are_forgiven():
@@ -144,9 +215,17 @@ def test_an_alias_of_the_configured_model_may_leave_out_ollamas_default_tag():
     assert found.aliases == (("a", "llama3.2"),)  # the name under which it is offered
 
 
-def test_the_shipped_example_has_one_worker_of_each_type():
+def test_the_shipped_example_has_one_worker_of_each_type_of_the_room():
     file = read(ROOT / "configs" / "workers.example.json")
-    assert sorted(entry.type for entry in file.workers) == ["agent", "lm_studio", "ollama", "openai"]
+    rows = [name for name, row in WORKER_TYPES.items() if not row.is_remote]
+    assert sorted(entry.type for entry in file.workers) == sorted(rows)
+
+
+def test_the_remote_apis_of_the_shipped_example_are_commented_out_and_right():
+    text = (ROOT / "configs" / "workers.example.json").read_text()
+    file = parse(re.sub(r"^    // ?(?=  |[{}])", "    ", text, flags=re.MULTILINE), "f.json")
+    remote = [entry.type for entry in file.workers if entry.is_fallback]
+    assert sorted(remote) == ["anthropic", "azure", "openai"]
 
 
 def test_every_key_is_described_in_the_json_schema():
@@ -155,6 +234,11 @@ def test_every_key_is_described_in_the_json_schema():
     assert [
         key for one in objects for key, rule in one["properties"].items() if "description" not in rule
     ] == []
+
+
+def test_the_published_schema_is_that_of_the_file():
+    """Write it anew by: python -c 'import balancer.config_file as c; print(c.published_schema(), end="")'"""
+    assert (ROOT / "configs" / "balancer.schema.json").read_text() == published_schema()
 
 
 # What is wrong, and where ...
@@ -174,7 +258,33 @@ def test_every_key_is_described_in_the_json_schema():
         ('"max_concurrent_requests": 0', "expected a whole number from 1 to 4096"),
         ('"api_key": "sk-1"', 'write {"env": "NAME"} or {"file": "PATH"}'),
         ('"api_key": {}', "exactly one of"),
-        ('"type": "ollama", "api_key": {"env": "A"}', 'type openai only, this worker is of type "ollama"'),
+        ('"type": "ollama", "api_key": {"env": "A"}', 'anthropic; this worker is of type "ollama"'),
+        ('"url": "http://x"', 'f.json:2:2: "url" says it all: leave out "host"'),
+        ('"ca_file": "x.pem"', 'f.json:2:15: ca_file is for https: add "tls": true'),
+        ('"fallback": true', 'f.json:2:1: "api_key" is missing: a remote API is used with a key only'),
+        ('"fallback": true, "api_key": {"env": "A"}', 'f.json:2:1: "models" is missing: expected what may'),
+        ('"models": {"a": "b"}', 'f.json:2:15: "models" is for a fallback: use "aliases"'),
+        ('"type": "vllm", "fallback": true', "f.json:2:43: type vllm is of the room: a fallback is of type"),
+        ('"type": "azure", "fallback": false', "f.json:2:44: type azure is always a fallback"),
+        ('"api_version": "2024-10-21"', "f.json:2:15: api_version is for type azure"),
+        ('"type": "azure", "api_version": "new"', "expected one like 2024-10-21"),
+        (
+            '"fallback": true, "api_key": {"env": "A"}, "models": {"a": "b"}, "aliases": {"c": "d"}',
+            'a fallback has no "aliases": its names stand in "models"',
+        ),
+        (
+            '"fallback": true, "api_key": {"env": "A"}, "models": {"a": "b"}, "continues": true',
+            'f.json:2:80: a fallback has no "continues"',
+        ),
+        (
+            '"type": "anthropic", "api_key": {"env": "A"}, "models": {"a": "b"}',
+            "spoken to over https only",
+        ),
+        (
+            '"type": "azure", "tls": true, "api_key": {"env": "A"}, "models": {"a": "b/c"}, '
+            '"api_version": "2024-10-21"',
+            'f.json:2:86: "b/c" is no name of a deployment',
+        ),
         ('"id": " "', '" " holds nothing'),
         ('"id": "a\\nb"', "cannot be printed"),
         ('"model": ""', "1 to 128 characters"),
@@ -217,6 +327,35 @@ def test_a_host_that_is_more_than_a_host_is_taken_apart_in_the_advice(host, advi
 
 
 @pytest.mark.parametrize(
+    ("members", "expectation"),
+    [
+        ({"url": "api.example.com"}, 'f.json:1:22: "api.example.com" is not a url: expected one like https'),
+        ({"url": "https://me:secret@api.example.com"}, '"https://api.example.com" is not a url'),
+        ({"url": "https://api.example.com/v1?key=secret"}, '"https://api.example.com" is not a url'),
+        ({"url": "ftp://api.example.com"}, "is not a url"),
+        ({"url": "http://h:99999"}, "99999 is not a port"),
+        ({"url": "http://h:80/a b"}, "is not a url"),
+        ({"url": "http://h:80/x", "type": "agent"}, 'an agent has no path: expected the url without "/x"'),
+        (
+            {"type": "azure"},
+            'f.json:1:14: "url" is missing: expected one like "https://NAME.openai.azure.com"',
+        ),
+    ],
+)
+def test_a_url_that_cannot_be_one_is_a_fault_without_its_secrets(members, expectation):
+    told = fault(json.dumps({"workers": [members]}))
+    assert expectation in told
+    assert "secret" not in told
+
+
+def test_one_api_listed_twice_is_a_fault_and_two_paths_of_one_host_are_two():
+    twice = [{"url": "https://h/a/v1"}, {"url": "https://h:443/a/v1/", "id": "x"}]
+    assert '"h:443/a/v1" is the worker of line 1 already' in fault(json.dumps({"workers": twice}))
+    beside = [{"url": "https://h/a/v1"}, {"url": "https://h/b/v1", "id": "x"}]
+    assert len(parse(json.dumps({"workers": beside}), "f").workers) == 2
+
+
+@pytest.mark.parametrize(
     ("text", "expectation"),
     [
         ("", 'f.json:1:1: nothing in here: expected {"workers": [...]}'),
@@ -245,7 +384,7 @@ def test_a_host_that_is_more_than_a_host_is_taken_apart_in_the_advice(host, advi
         ("[]", 'f.json:1:1: the file is a list: expected an object like {"workers": [...]}'),
         ("[" * 5000 + "]" * 5000, "nested more than 32 levels deep"),
         ('{"workers": [7]}', "f.json:1:14: workers[0] is 7: expected an object in { } with host, port"),
-        ('{"workers": [{}]}', 'f.json:1:14: "host" is missing: expected text'),
+        ('{"workers": [{}]}', 'f.json:1:14: "host" is missing: expected the name or address of a machine'),
         ('{"workers": {}}', '"workers" is an object: expected a list'),
         ('{"scorer_weights": {"reliability": 0, "expected_latency": 0}}', "every scorer weighs 0"),
         (

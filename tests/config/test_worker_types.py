@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balancer.core.model import Condition, Endpoint, ModelName, ModelOffer
+from balancer.core.model import Condition, Endpoint, ModelName, ModelOffer, Worker, WorkerId
 from balancer.worker_types import (
     EMBEDDING,
     GENERATING,
@@ -18,8 +18,11 @@ from balancer.worker_types import (
     MAX_MODELS,
     MAX_NAME_CHARACTERS,
     MAX_PROBE_BYTES,
+    MAX_REQUESTS,
     WORKER_TYPES,
     ProbeFailed,
+    named_models,
+    row_of,
 )
 
 SAMPLES = Path(__file__).parent / "samples"
@@ -30,11 +33,16 @@ def sample(name: str) -> Condition:
     return WORKER_TYPES[recorded["type"]].read_probe(recorded["status"], recorded["body"].encode())
 
 
-def sample_besides(probe: str, residency: str) -> Condition:
-    """The condition after both questions."""
-    recorded = orjson.loads((SAMPLES / f"{residency}.json").read_bytes())
-    row = WORKER_TYPES[recorded["type"]]
-    return row.read_residency(sample(probe), recorded["status"], recorded["body"].encode())
+def sample_besides(probe: str, *pages: str) -> Condition:
+    """The condition after all these answers."""
+    condition = sample(probe)
+    for name in pages:
+        recorded = orjson.loads((SAMPLES / f"{name}.json").read_bytes())
+        rows = WORKER_TYPES[recorded["type"]].more
+        path = recorded.get("path", rows[0].path)
+        page = next(page for page in rows if page.path == path)
+        condition = page.read(condition, recorded["status"], recorded["body"].encode())
+    return condition
 
 
 def by_name(condition: Condition) -> dict[str, ModelOffer]:
@@ -83,6 +91,7 @@ ALL = frozenset(Endpoint)
             },
         ),
         ("ollama_empty", "Ollama", {}),
+        ("llama_cpp_models", "llama.cpp", {"smollm2": (ALL, 2048)}),
     ],
 )
 def test_a_ready_worker_offers_its_models(name, engine, offered):
@@ -161,7 +170,7 @@ def test_lm_studio_tells_more_of_what_it_serves_on_its_own_path():
 def test_what_lm_studio_has_on_disk_only_is_not_offered():
     served = Condition(models=(ModelOffer(name=ModelName("other")),))
     body = orjson.dumps({"data": [{"id": "on-disk", "state": "not-loaded"}]})
-    assert WORKER_TYPES["lm_studio"].read_residency(served, 200, body) == served
+    assert WORKER_TYPES["lm_studio"].more[0].read(served, 200, body) == served
 
 
 @pytest.mark.parametrize(
@@ -175,9 +184,185 @@ def test_what_lm_studio_has_on_disk_only_is_not_offered():
 )
 def test_an_older_worker_without_that_path_is_told_from_one_with_nothing_loaded(type_name, status, body):
     with pytest.raises(ProbeFailed):
-        WORKER_TYPES[type_name].read_residency(sample("ollama_tags"), status, body)
+        WORKER_TYPES[type_name].more[0].read(sample("ollama_tags"), status, body)
     with pytest.raises(ProbeFailed):
         sample_besides("lm_studio_v1", "lm_studio_without_v0")
+
+
+# llama.cpp and vLLM, each asked as what it is ...
+
+
+def test_llama_cpp_tells_its_slots_its_file_and_what_it_holds():
+    condition = sample_besides("llama_cpp_models", "llama_cpp_props")
+    assert (condition.slots, condition.running) == (2, None)
+    assert condition.models[0].identity == "smollm2-135m-instruct q4_1"
+    assert sample_besides("llama_cpp_models", "llama_cpp_props", "llama_cpp_slots").running == 2
+    pages = ("llama_cpp_props", "llama_cpp_slots", "llama_cpp_metrics")
+    assert sample_besides("llama_cpp_models", *pages).running == 3  # one waits for a slot
+
+
+def test_slots_are_counted_where_nothing_else_tells_them():
+    assert sample_besides("llama_cpp_models", "llama_cpp_slots").slots == 2
+
+
+@pytest.mark.parametrize("page", ["llama_cpp_without_slots", "llama_cpp_without_metrics"])
+def test_a_llama_cpp_that_was_started_without_a_page_does_not_have_it(page):
+    with pytest.raises(ProbeFailed, match="501"):
+        sample_besides("llama_cpp_models", page)
+
+
+def test_a_wrong_key_is_certain_at_once():
+    with pytest.raises(ProbeFailed, match="api_key") as failed:
+        sample("llama_cpp_wrong_key")
+    assert failed.value.certain
+
+
+def test_a_llama_cpp_that_sleeps_has_to_load_its_model():
+    body = orjson.dumps({"total_slots": 4, "is_sleeping": True})
+    asleep = WORKER_TYPES["llama_cpp"].more[0].read(sample("llama_cpp_models"), 200, body)
+    assert (asleep.slots, asleep.models[0].loaded) == (4, False)
+    assert asleep.models[0].load_seconds > 0
+
+
+def test_a_llama_cpp_with_several_models_tells_which_are_loaded():
+    condition = sample("llama_cpp_several_models")
+    assert [(offer.loaded, offer.loading) for offer in condition.models] == [
+        (True, False),
+        (False, False),
+        (False, True),
+    ]
+
+
+def test_vllm_tells_its_kv_cache_and_what_it_holds():
+    idle = sample_besides("vllm_ready", "vllm_metrics")
+    assert (idle.running, idle.slots) == (0, None)
+    assert [offer.memory_tokens for offer in idle.models] == [46592]
+    assert "0% full" in idle.detail
+    busy = sample_besides("vllm_ready", "vllm_metrics_busy")
+    assert busy.running == 11
+    assert [offer.memory_tokens for offer in busy.models] == [32_000]
+
+
+def test_what_vllms_server_counts_is_taken_where_the_engine_tells_less():
+    assert sample_besides("vllm_ready", "vllm_load").running == 6
+    assert sample_besides("vllm_ready", "vllm_metrics_busy", "vllm_load").running == 11
+    load = next(page for page in WORKER_TYPES["vllm"].more if page.path == "/load")
+    # Not started to count them, it says 0 whatever it does.
+    assert load.read(sample("vllm_ready"), 200, b'{"server_load":0}').running is None
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"vllm:num_requests_running 3.0\n",
+        b"vllm:num_requests_running NaN\nvllm:num_requests_waiting 0.0\n",
+        b"vllm:num_requests_running -1\nvllm:num_requests_waiting 0.0\n",
+        b"vllm:num_requests_running 1e300\nvllm:num_requests_waiting 0.0\n",
+        b"vllm:num_requests_running 1e\nvllm:num_requests_waiting 0.0\n",
+        b"\xff\xfe",
+    ],
+)
+def test_a_page_of_metrics_that_makes_no_sense_tells_nothing(body):
+    with pytest.raises(ProbeFailed):
+        WORKER_TYPES["vllm"].more[0].read(sample("vllm_ready"), 200, body)
+
+
+# Remote APIs ...
+
+
+def remote(type_name: str, **models: str) -> Worker:
+    return Worker(
+        id=WorkerId("r"),
+        type=type_name,
+        url="https://api.example.com:443",
+        fallback=True,
+        aliases=tuple((ModelName(name), ModelName(own)) for name, own in models.items()),
+    )
+
+
+def test_a_remote_api_offers_what_the_config_names_whatever_it_lists():
+    worker = remote("anthropic", small="claude-sonnet-4-5-20250929", other="claude-old")
+    condition = named_models(worker, sample("anthropic_models"))
+    assert {offer.name: offer.context_tokens for offer in condition.models} == {
+        "claude-sonnet-4-5-20250929": 200_000,
+        "claude-old": None,
+    }
+    assert {offer.endpoints for offer in condition.models} == {frozenset({Endpoint.CHAT})}
+    assert {offer.continues for offer in condition.models} == {False}
+    assert condition.detail == 'it does not list claude-old, named in "models"'
+    assert condition.engine == "Anthropic"
+
+
+def test_azure_lists_models_and_is_asked_for_deployments():
+    condition = named_models(remote("azure", chat="our-deployment"), sample("azure_models"))
+    assert [offer.name for offer in condition.models] == ["our-deployment"]
+    assert condition.detail == ""
+
+
+@pytest.mark.parametrize("status", [500, 503, 529])
+def test_a_remote_api_that_fails_is_not_well(status):
+    with pytest.raises(ProbeFailed, match=str(status)) as failed:
+        row_of(remote("openai", a="gpt-4o-mini")).read_probe(status, b"")
+    assert not failed.value.certain
+
+
+@pytest.mark.parametrize("status", [404, 405, 429, 200])
+def test_a_remote_api_that_lists_nothing_is_used_as_it_is_configured(status):
+    worker = remote("openai", a="gpt-4o-mini")
+    condition = named_models(worker, row_of(worker).read_probe(status, b"<html>"))
+    assert [offer.name for offer in condition.models] == ["gpt-4o-mini"]
+
+
+@pytest.mark.parametrize("status", [401, 402, 403])
+def test_a_refused_key_is_told_without_a_word_of_what_the_api_says(status):
+    said = b'{"error": {"message": "Incorrect API key provided: sk-abc***xyz"}}'
+    with pytest.raises(ProbeFailed) as failed:
+        row_of(remote("openai", a="b")).read_probe(status, said)
+    assert failed.value.certain
+    assert "sk-" not in str(failed.value)
+    assert str(status) in str(failed.value)
+    with pytest.raises(ProbeFailed):
+        sample("anthropic_wrong_key")
+
+
+# Where things are ...
+
+
+@pytest.mark.parametrize(
+    ("worker", "path", "place"),
+    [
+        ({"type": "openai", "url": "http://h:1"}, "/v1/models", "/v1/models"),
+        ({"type": "openai", "url": "http://h:1/v1"}, "/v1/models", "/v1/models"),
+        ({"type": "openai", "url": "https://h:443/api/v1"}, Endpoint.CHAT, "/api/v1/chat/completions"),
+        ({"type": "openai", "url": "https://h:443/v3"}, Endpoint.CHAT, "/v3/chat/completions"),
+        ({"type": "vllm", "url": "http://h:1/gpu/v1"}, "/metrics", "/gpu/metrics"),
+        ({"type": "ollama", "url": "http://[fd00::1]:1/v1"}, "/api/ps", "/api/ps"),
+        ({"type": "anthropic", "url": "https://h:443"}, Endpoint.CHAT, "/v1/messages"),
+        ({"type": "anthropic", "url": "https://h:443/claude/v1"}, Endpoint.CHAT, "/claude/v1/messages"),
+        ({"type": "anthropic", "url": "https://h:443"}, "/v1/models?limit=1000", "/v1/models?limit=1000"),
+        ({"type": "azure", "url": "https://h:443"}, Endpoint.CHAT, "/openai/v1/chat/completions"),
+        ({"type": "azure", "url": "https://h:443/openai/v1"}, "/v1/models", "/openai/v1/models"),
+        (
+            {"type": "azure", "url": "https://h:443", "api_version": "2024-10-21"},
+            Endpoint.CHAT,
+            "/openai/deployments/mini/chat/completions?api-version=2024-10-21",
+        ),
+        (
+            {"type": "azure", "url": "https://h:443/openai", "api_version": "2024-10-21"},
+            Endpoint.EMBEDDINGS,
+            "/openai/deployments/mini/embeddings?api-version=2024-10-21",
+        ),
+    ],
+)
+def test_a_path_of_openais_api_is_where_the_worker_has_it(worker, path, place):
+    it = Worker(id=WorkerId("w"), **worker)
+    assert row_of(it).place(it, str(path), ModelName("mini")) == place
+
+
+def test_azures_dated_api_lists_its_models_apart_from_deployments():
+    it = Worker(id=WorkerId("w"), type="azure", url="https://h:443", api_version="2024-10-21")
+    assert row_of(it).place(it, "/v1/models", None) == "/openai/models?api-version=2024-10-21"
 
 
 def test_every_sample_is_read_by_some_test():
@@ -242,13 +427,14 @@ def test_only_an_agent_is_not_probed():
 
 def test_no_connection_is_kept_to_what_may_be_llama_cpp():
     kept = {name for name, row in WORKER_TYPES.items() if row.keep_alive}
-    assert kept == {"agent", "ollama"}
+    assert kept == {"agent", "ollama", "vllm", "azure", "anthropic"}
     assert all(row.streams_always for row in WORKER_TYPES.values())
 
 
 KEYS = [
     *("data", "models", "id", "name", "meta", "n_ctx", "details", "family", "type", "error", "root"),
-    *("ftype", "quantization", "parameter_size", "quantization_level", "size", "state"),
+    *("ftype", "quantization", "parameter_size", "quantization_level", "size", "state", "status", "value"),
+    *("total_slots", "model_path", "is_processing", "is_sleeping", "server_load"),
 ]
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.text(),
@@ -264,19 +450,35 @@ json_values = st.recursive(
 )
 
 
+metrics = st.lists(
+    st.sampled_from(
+        [
+            *("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"),
+            *("llamacpp:requests_processing", "llamacpp:requests_deferred"),
+        ]
+    ).flatmap(lambda name: st.floats().map(lambda value: f"{name} {value}\n"))
+    | st.just('vllm:cache_config_info{block_size="16",num_gpu_blocks="999999999999"} 1.0\n'),
+    max_size=5,
+).map(lambda lines: "".join(lines).encode())
+
+
 @given(
     name=st.sampled_from(sorted(WORKER_TYPES)),
     status=st.sampled_from([200, 204, 302, 401, 404, 500, 503]),
-    body=st.binary(max_size=60) | json_values.map(orjson.dumps),
+    body=st.binary(max_size=60) | json_values.map(orjson.dumps) | metrics,
+    pages=st.lists(st.binary(max_size=60) | json_values.map(orjson.dumps) | metrics, min_size=3, max_size=3),
 )
-def test_any_answer_becomes_a_bounded_condition_or_one_failure(name, status, body):
+def test_any_answer_becomes_a_bounded_condition_or_one_failure(name, status, body, pages):
     try:
         condition = WORKER_TYPES[name].read_probe(status, body)
-        condition = WORKER_TYPES[name].read_residency(condition, status, body)
+        for page, further in zip(WORKER_TYPES[name].more, pages, strict=False):
+            condition = page.read(condition, status, further)
     except ProbeFailed as failure:
         assert str(failure).isprintable()
         assert len(str(failure)) < 400
         return
+    assert condition.running is None or 0 <= condition.running <= 2 * MAX_REQUESTS
+    assert condition.slots is None or 1 <= condition.slots <= MAX_REQUESTS
     assert all(1 <= len(m.name) <= MAX_NAME_CHARACTERS and m.name.isprintable() for m in condition.models)
     assert all(model.identity.isprintable() and len(model.identity) <= 120 for model in condition.models)
     assert all(model.load_seconds >= 0 for model in condition.models)

@@ -15,6 +15,7 @@ from balancer.core.model import Condition, Event, Gone, Lost, Reported, Seen, Wo
 from balancer.discovery import (
     EVICT_AFTER_SECONDS,
     FORGET_AFTER_SECONDS,
+    MAX_BANNED,
     MAX_GUESTS,
     MAX_REFUSALS_TOLD,
     TRY_NEXT_AFTER_SECONDS,
@@ -22,6 +23,7 @@ from balancer.discovery import (
     Interface,
     NotAdmitted,
     Roster,
+    TooManyBanned,
     by_reachability,
     own_interfaces,
 )
@@ -331,6 +333,57 @@ def test_a_worker_of_the_config_is_never_forgotten(scene):
     assert "x" in scene.urls
 
 
+def test_a_guest_that_was_removed_stays_out_however_it_comes_until_it_is_admitted(scene):
+    scene.joined("x", "192.168.1.20")
+    assert scene.roster.sources == {"x": "join"}
+    assert scene.roster.remove(WorkerId("x"))
+    assert scene.events[-1] == Gone(WorkerId("x"))
+    assert scene.watched == {}
+    scene.found("x", "192.168.1.20")
+    with pytest.raises(NotAdmitted, match=r"POST /admin/workers/x/admit"):
+        scene.joined("x", "192.168.1.21")
+    assert (scene.urls, scene.roster.banned) == ({}, ("x",))
+    assert scene.roster.admit(WorkerId("x"))
+    assert not scene.roster.admit(WorkerId("x"))
+    assert scene.urls == {}  # it is let in, not fetched
+    scene.found("x", "192.168.1.20")
+    assert scene.roster.sources == {"x": "mdns"}
+
+
+def test_a_worker_of_the_config_that_was_removed_is_back_with_the_next_config(scene):
+    scene.static(a="http://192.168.1.20:8000", b="http://192.168.1.21:8000")
+    assert scene.roster.remove(WorkerId("a"))
+    assert list(scene.urls) == ["b"]
+    follows = scene.follows
+    scene.static(a="http://192.168.1.20:8000", b="http://192.168.1.21:8000")
+    assert scene.roster.sources == {"b": "config", "a": "config"}
+    assert scene.follows == follows + 1  # the other one is left in peace
+
+
+def test_a_worker_of_the_config_that_is_admitted_is_back_at_once(scene):
+    scene.static(a="http://192.168.1.20:8000", b="http://192.168.1.21:8000")
+    scene.roster.remove(WorkerId("a"))
+    scene.roster.remove(WorkerId("b"))
+    scene.joined("guest", "192.168.1.20", 8000)  # the same server, under a name of its own
+    assert scene.roster.admit(WorkerId("a"))
+    assert scene.urls == {"a": "http://192.168.1.20:8000"}
+
+
+def test_there_are_so_many_removals_and_no_more(scene):
+    for number in range(MAX_BANNED + 1):
+        scene.static(**{f"w{number}": f"http://192.168.1.20:{number + 1}"})
+        if number < MAX_BANNED:
+            assert scene.roster.remove(WorkerId(f"w{number}"))
+    with pytest.raises(TooManyBanned, match=str(MAX_BANNED)):
+        scene.roster.remove(WorkerId(f"w{MAX_BANNED}"))
+    assert list(scene.urls) == [f"w{MAX_BANNED}"]
+
+
+def test_who_is_not_there_cannot_be_removed(scene):
+    assert not scene.roster.remove(WorkerId("x"))
+    assert scene.roster.banned == ()
+
+
 def test_the_addresses_of_a_lost_agent_are_tried_in_turn_until_it_reports(scene):
     scene.found("x", "10.0.0.1", "192.168.1.20", "10.0.0.2")
     tried = [scene.urls["x"]]
@@ -393,19 +446,33 @@ class Histories(RuleBasedStateMachine):
         super().__init__()
         self.scene = Scene()
         self.listed: dict[str, str] = {}
+        self.removed: set[str] = set()
 
     @rule(entries=st.dictionaries(ids, hosts, max_size=3))
     def a_config_is_read(self, entries: dict[str, str]) -> None:
         unique = {host: i for i, host in entries.items()}
         self.listed = {i: f"http://{host}:4100" for host, i in unique.items()}
         self.scene.static(**self.listed)
+        self.removed -= self.listed.keys()
+
+    @rule(agent=ids)
+    def somebody_removes_it(self, agent: str) -> None:
+        was_there = agent in self.scene.urls
+        assert self.scene.roster.remove(WorkerId(agent)) == was_there
+        if was_there:
+            self.removed.add(agent)
+
+    @rule(agent=ids)
+    def somebody_admits_it(self, agent: str) -> None:
+        assert self.scene.roster.admit(WorkerId(agent)) == (agent in self.removed)
+        self.removed.discard(agent)
 
     @rule(agent=ids, host=hosts)
     def an_agent_joins(self, agent: str, host: str) -> None:
         try:
             self.scene.joined(agent, host)
         except NotAdmitted:
-            assert agent not in self.listed
+            assert agent not in self.listed or agent in self.removed
 
     @rule(agent=ids, addresses=st.lists(hosts, max_size=3))
     def an_agent_is_found(self, agent: str, addresses: list[str]) -> None:
@@ -435,7 +502,12 @@ class Histories(RuleBasedStateMachine):
 
     @invariant()
     def the_config_holds(self) -> None:
-        assert self.listed.items() <= self.scene.urls.items()
+        expected = {name: url for name, url in self.listed.items() if name not in self.removed}
+        assert expected.items() <= self.scene.urls.items()
+
+    @invariant()
+    def who_was_removed_stays_out(self) -> None:
+        assert not self.removed & self.scene.urls.keys()
 
 
 TestHistories = Histories.TestCase

@@ -8,6 +8,7 @@ import logging
 import re
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 
 import aiohttp
 import pytest
@@ -505,3 +506,126 @@ async def test_a_worker_that_never_answers_it_is_well(room):
     await room.follow(ollama, "ollama")
     await room.reported(times=2)
     assert not room.losses
+
+
+# Pages besides ...
+
+
+class LlamaCpp:
+    """Answers as llama.cpp's server does, started with or without its further pages."""
+
+    def __init__(self, *, slots: int = 200, metrics: int = 200) -> None:
+        self.statuses = {"/slots": slots, "/metrics": metrics}
+        self.asked: list[str] = []
+
+    async def answer(self, request: web.Request) -> web.Response:
+        self.asked.append(request.path)
+        status = self.statuses.get(request.path, 200)
+        match request.path:
+            case "/v1/models":
+                return web.json_response({"data": [{"id": "m", "owned_by": "llamacpp"}]})
+            case "/props":
+                return web.json_response({"total_slots": 2})
+            case "/slots":
+                slot = {"id": 0, "is_processing": True}
+                return web.json_response([slot, slot] if status == 200 else {"error": {}}, status=status)
+        held = "llamacpp:requests_processing 2\nllamacpp:requests_deferred 3\n"
+        return web.Response(text=held if status == 200 else "", status=status)
+
+
+async def test_a_llama_cpp_tells_slots_and_requests(room):
+    await room.follow(LlamaCpp().answer, "llama_cpp")
+    condition = await room.reported(times=2)
+    assert (condition.slots, condition.running, condition.engine) == (2, 5, "llama.cpp")
+
+
+async def test_a_page_that_it_was_started_without_is_asked_for_seldom(room):
+    llama_cpp = LlamaCpp(metrics=501)
+    await room.follow(llama_cpp.answer, "llama_cpp")
+    condition = await room.reported(times=4)
+    assert (condition.slots, condition.running) == (2, 2)
+    assert llama_cpp.asked.count("/metrics") == 1
+    assert llama_cpp.asked.count("/slots") >= 3
+    assert not room.losses
+
+
+async def test_a_page_that_is_asked_for_seldom_is_asked_for_again(room):
+    room.watches = Watches(
+        tell=room.tell,
+        session=room.watches._session,
+        policy=replace(QUICK, seldom_seconds=0.0),
+        chance=lambda: 0.5,
+    )
+    llama_cpp = LlamaCpp(slots=404)
+    await room.follow(llama_cpp.answer, "llama_cpp")
+    await room.until(lambda: llama_cpp.asked.count("/slots") >= 2)
+
+
+async def test_a_page_that_is_slow_costs_the_others_nothing(room):
+    llama_cpp = LlamaCpp()
+
+    async def answer(request):
+        if request.path == "/slots":
+            await for_ever()
+        return await llama_cpp.answer(request)
+
+    await room.follow(answer, "llama_cpp")
+    assert (await room.reported()).running == 5
+    assert not room.losses
+
+
+async def test_a_wrong_key_needs_no_second_probe(room):
+    asked = []
+
+    async def vllm(request):
+        asked.append(request.path)
+        return web.json_response({"error": "Unauthorized"}, status=401)
+
+    await room.follow(vllm, "vllm")
+    lost = await room.lost()
+    assert "api_key" in lost.reason
+    assert len(asked) == 1
+
+
+async def test_a_worker_may_lie_below_a_path(room):
+    async def openai(request):
+        assert request.path == "/llm/v1/models"
+        return web.json_response(MODELS)
+
+    url = await room.serve(openai)
+    room.watches.follow(Worker(id=WorkerId("a"), type="openai", url=f"{url}/llm/v1"))
+    assert [model.name for model in (await room.reported()).models] == ["m"]
+
+
+# APIs that others run ...
+
+
+def remote(url: str) -> Worker:
+    names = ((ModelName("ours"), ModelName("theirs")),)
+    return Worker(id=WorkerId("a"), type="openai", url=url, fallback=True, aliases=names)
+
+
+async def test_a_remote_api_is_looked_at_seldom_while_it_is_well(room):
+    asked = []
+
+    async def openai(request):
+        asked.append(request.headers["User-Agent"])
+        return web.json_response({"data": []})
+
+    room.watches.follow(remote(await room.serve(openai)))
+    assert [model.name for model in (await room.reported()).models] == ["theirs"]
+    other = LlamaCpp()
+    room.watches.follow(Worker(id=WorkerId("b"), type="llama_cpp", url=await room.serve(other.answer)))
+    await room.until(lambda: other.asked.count("/v1/models") >= 5)
+    assert asked == ["llm-room-balancer"]
+
+
+async def test_a_remote_api_that_fails_is_looked_for_sooner(room):
+    answers = iter([500, 500, 200])
+
+    async def openai(request):
+        return web.json_response({"data": []}, status=next(answers, 200))
+
+    room.watches.follow(remote(await room.serve(openai)))
+    await room.reported()
+    assert room.losses == [Lost(WorkerId("a"), "it answers with status 500", abandon=False)]

@@ -38,6 +38,9 @@ class Room:
     balancer: Running
     http: aiohttp.ClientSession
     openai: AsyncOpenAI
+    data_dir: Path
+    config: Path
+    """The JSON file."""
 
     @property
     def url(self) -> str:
@@ -69,6 +72,18 @@ class Room:
             return room.running == room.waiting == 0 and not any(view.running for view in room.workers)
 
         await self.until(holds, "an idle room")
+
+    @property
+    def admin_headers(self) -> dict[str, str]:
+        """Of who has the admin key."""
+        return {"Authorization": f"Bearer {(self.data_dir / 'admin_key').read_text().strip()}"}
+
+    async def admin(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
+        """Status and JSON of an answer under `/admin`, asked for with the key."""
+        async with self.http.request(
+            method, f"{self.url}/admin{path}", json=body, headers=self.admin_headers
+        ) as response:
+            return response.status, await response.json()
 
     async def metrics(self) -> str:
         async with self.http.get(f"{self.url}/metrics") as response:
@@ -103,7 +118,7 @@ def open_room(tmp_path: Path) -> OpenRoom:
             async with AsyncOpenAI(
                 base_url=f"http://127.0.0.1:{balancer.port}/v1", api_key="none", max_retries=0
             ) as client:
-                room = Room(balancer, http, client)
+                room = Room(balancer, http, client, tmp_path / "data", file)
                 if workers:
                     await room.ready(sum(isinstance(worker, FakeEngine) for worker in workers))
                 yield room

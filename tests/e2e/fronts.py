@@ -8,13 +8,18 @@ import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import cast
 
 from aiohttp import web
 
+from balancer.admin import Admin, Configuration, Levers, Membership
+from balancer.batch.presets import Shelf
 from balancer.core.errors import BadRequest
+from balancer.fleet_models import FleetModels
 from balancer.front import Front, FrontPolicy
 from balancer.hot_path import HttpServer, ServerPolicy
 from balancer.inference import Admitted, Client, Head, Inference, InferencePolicy
+from balancer.keys import AdminKey
 from balancer.origins import OriginPolicy, Origins
 
 WAIT_SECONDS = 20.0
@@ -119,10 +124,20 @@ async def serving(
         inference,
         FrontPolicy(body_seconds=body_seconds),
         snapshot=unreachable,
-        drain=unreachable,
         join=unreachable,
-        find=lambda _: None,
         metrics=None,
+        admin=Admin(
+            AdminKey("the admin key of this test", asyncio.get_running_loop().time),
+            Levers(
+                snapshot=unreachable,
+                drain=unreachable,
+                membership=cast(Membership, None),
+                models=cast(FleetModels, None),
+                find=unreachable,
+                shelf=cast(Shelf, None),
+                configuration=cast(Configuration, None),
+            ),
+        ).application(),
     )
     application: web.Application = front.application()
     async with HttpServer(inference, application, Origins(OriginPolicy()), policy) as server:

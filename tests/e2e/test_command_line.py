@@ -115,7 +115,8 @@ async def test_why_a_request_went_where_it_went_is_told(open_room: OpenRoom, tmp
                 model="fake", messages=[{"role": "user", "content": "canary prompt"}]
             )
             ids.append(answer.headers["X-Request-ID"])
-        status, said = await balancer(tmp_path, "why", ids[-1], "--json", BALANCER_URL=room.url)
+        asked = {"BALANCER_URL": room.url, "BALANCER_DATA_DIR": str(room.data_dir)}
+        status, said = await balancer(tmp_path, "why", ids[-1], "--json", **asked)
         told = json.loads(said)
         assert (status, told["status"], told["model"]) == (0, 200, "fake")
         first, second = told["attempts"]
@@ -124,11 +125,11 @@ async def test_why_a_request_went_where_it_went_is_told(open_room: OpenRoom, tmp
         assert {candidate["worker"] for candidate in first["candidates"]} == {"a", "b"}
         assert sum(candidate["share"] for candidate in first["candidates"]) == pytest.approx(1, abs=0.001)
         assert second["excluded"] == {"a": "failed this request before"}
-        status, said = await balancer(tmp_path, "why", ids[-1], BALANCER_URL=room.url, COLUMNS="150")
+        status, said = await balancer(tmp_path, "why", ids[-1], COLUMNS="150", **asked)
         assert status == 0
         assert "attempt 2: b, answered" in said
         assert "canary" not in said
-        status, said = await balancer(tmp_path, "why", "no-such-id", BALANCER_URL=room.url)
+        status, said = await balancer(tmp_path, "why", "no-such-id", **asked)
         assert status == 1
         assert "remembered" in said
 
@@ -142,11 +143,19 @@ async def test_a_balancer_that_does_not_run_is_said_so(tmp_path):
 
 async def test_log_lines_say_what_happened_once(tmp_path):
     words = ("balancer", "serve", "--no-mdns", "--host", "127.0.0.1", "--port", str(free_port()))
-    async with command(*words, output=tmp_path / "out.txt", home=tmp_path) as running:
-        await running.until_it_says("listening on")
-        running.send(signal.SIGTERM)
-        assert await running.ended() == 0
-        assert re.fullmatch(r"\d\d:\d\d:\d\d INFO    listening on http://127\.0\.0\.1:\d+\n", running.text())
+    for start in ("first", "second"):
+        async with command(*words, output=tmp_path / start, home=tmp_path) as running:
+            await running.until_it_says("listening on")
+            running.send(signal.SIGTERM)
+            assert await running.ended() == 0
+            lines = running.text().splitlines()
+        if start == "first":
+            assert re.fullmatch(
+                r"\S+ INFO    made new keys, for this machine's user alone: \S+/admin_key, \S+/cluster_key",
+                lines.pop(0),
+            )
+        (line,) = lines
+        assert re.fullmatch(r"\d\d:\d\d:\d\d INFO    listening on http://127\.0\.0\.1:\d+", line)
 
 
 async def test_the_version_is_printed(tmp_path):

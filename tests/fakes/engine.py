@@ -65,6 +65,7 @@ __all__ = [
 
 CONTINUE_HEADER = "x-llm-continue"
 """By which a balancer tells an agent to go on with the last message; as a request has it, in lower case."""
+WAIT_HEADER = "x-llm-wait"
 INFERENCE_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 CREATED = 1_700_000_000  # any moment does, and always the same makes answers comparable
 MAX_REQUEST_BYTES = 64 * 1024 * 1024
@@ -477,6 +478,11 @@ class FakeEngine:
     """Stops when its client leaves. False: it works on for nobody, and keeps the slot so long."""
     loading: bool = False
     """503 on /health and for inference, as llama.cpp answers while it loads a model."""
+    loads: dict[str, float] = field(default_factory=dict)
+    """Models that are on its disk only, with the seconds that loading each takes, as it says. Who asks for
+    one waits until `has_loaded` is called, or is told at once that it takes too long (`X-LLM-Wait`)."""
+    progress: float | None = None
+    """Of a model that is being loaded, the share that is done, as it says."""
     host: str = "127.0.0.1"
     port: int = 0
     """0: one that is free; `url` tells which."""
@@ -493,6 +499,8 @@ class FakeEngine:
     """Requests in the engine's own line now."""
     peak: int = field(init=False, default=0)
     """The most requests that were open at one moment: above `slots`, somebody sent too many."""
+    loading_models: set[str] = field(init=False, default_factory=set)
+    """Those of `loads` that somebody has asked for."""
     stalling: int = field(init=False, default=0)
     """Requests that stand at a `Fault.stall` now."""
     connections: int = field(init=False, default=0)
@@ -580,6 +588,12 @@ class FakeEngine:
         """Lets every request that stands at a `Fault.stall` go on."""
         self._resumed.set()
         self._resumed = asyncio.Event()
+
+    def has_loaded(self, name: str) -> None:
+        """The model is there: who waits for it is answered, and an agent's next report says so."""
+        self.loads.pop(name, None)
+        self.loading_models.discard(name)
+        self._changed()
 
     def refuse(self) -> None:
         """Stops listening and closes idle connections: new ones are refused. What runs goes on."""
@@ -700,6 +714,8 @@ class FakeEngine:
                 told = self._told(request.path)
                 await answer.before_head()
                 await answer.whole(told)
+            elif await self._is_too_slow_to_load(request):
+                await answer.whole(self._loading_body(request), status=503)
             elif request.path == "/v1/embeddings":
                 await self._embed(answer, request.body, self._model_for(request))
             else:
@@ -734,6 +750,25 @@ class FakeEngine:
             self.running -= 1
             self._room.release()
 
+    async def _is_too_slow_to_load(self, request: Request) -> bool:
+        """The model will not be there before its asker has waited for long enough. Else it is there now."""
+        name = request.body.get("model")
+        if name not in self.loads:
+            return False
+        self.loading_models.add(name)
+        self._changed()
+        if self.loads[name] > float(request.headers.get(WAIT_HEADER, "inf")):
+            return True
+        while name in self.loads:
+            await self._change.wait()
+        return False
+
+    def _loading_body(self, request: Request) -> bytes:
+        eta = self.loads[request.body["model"]]
+        told = {"worker": self.agent_id, "progress": self.progress, "eta_seconds": eta}
+        error = {"message": "it is being loaded", "type": "server_error", "code": "model_loading"}
+        return orjson.dumps({"error": error | {"param": None, "loading": told}})
+
     # ... what it says of itself
 
     def _told(self, path: str) -> bytes:
@@ -765,14 +800,29 @@ class FakeEngine:
                 state=wire.EngineState.STARTING if self.loading else wire.EngineState.READY,
                 engine="fake",
                 models=tuple(
-                    wire.ServedModel(name=name, paths=INFERENCE_PATHS, **self._served_as_well())
+                    wire.ServedModel(
+                        name=name, paths=INFERENCE_PATHS, **self._served_as_well(), **self._standing(name)
+                    )
                     for name in self.models
                 ),
                 slots=self.slots,
                 running=self.open,
             )
             await answer.event(report.to_line())
-            await asyncio.sleep(wire.REPORT_INTERVAL_SECONDS)
+            told = dict(self.loads), set(self.loading_models), self.progress
+            for _ in range(round(wire.REPORT_INTERVAL_SECONDS / wire.REPORT_GAP_SECONDS)):
+                await asyncio.sleep(wire.REPORT_GAP_SECONDS)
+                if told != (self.loads, self.loading_models, self.progress):
+                    break
+
+    def _standing(self, name: str) -> Json:
+        """How far a model is loaded, as an agent tells it."""
+        if name not in self.loads:
+            return {}
+        if name not in self.loading_models:
+            return {"state": wire.ModelState.UNLOADED, "load_seconds": self.loads[name]}
+        loading = {"state": wire.ModelState.LOADING, "eta_seconds": self.loads[name]}
+        return loading | {"progress": self.progress}
 
     def _served_as_well(self) -> Json:
         """What an agent says of continuing, where the contract has a word for it."""

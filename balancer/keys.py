@@ -1,0 +1,254 @@
+"""The balancer's two keys: the admin key, without which nothing under `/admin` is answered, and the cluster
+key, with which it proves to agents that it may manage their models.
+
+Both are made on the first start and kept in the data folder, readable by their owner alone; or they are given
+by the settings. No key is ever logged, shown or passed on a command line.
+"""
+
+from __future__ import annotations
+
+import errno
+import hmac
+import ipaddress
+import os
+import secrets
+import stat
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+
+from balancer.core.errors import RequestError
+from worker_agent.handshake import LEAST_KEY_CHARACTERS
+
+ADMIN_KEY = "admin_key"
+CLUSTER_KEY = "cluster_key"
+"""What the files in the data folder are called."""
+
+MAX_KEY_BYTES = 8192
+
+
+class KeyFault(Exception):
+    """A key that cannot be had or must not be used; a sentence for the terminal, with what to do."""
+
+
+class KeyMissing(RequestError):
+    status, type, code = 401, "invalid_request_error", "admin_key_missing"
+
+
+class KeyWrong(RequestError):
+    status, type, code = 403, "invalid_request_error", "admin_key_wrong"
+
+
+class TooManyGuesses(RequestError):
+    status, type, code = 429, "rate_limit_error", "too_many_wrong_keys"
+
+    def __init__(self, retry_after: float) -> None:
+        super().__init__(
+            "Too many wrong admin keys came from this address. Wait as long as Retry-After says, and give "
+            f"the right one: it is in the file {ADMIN_KEY} in the balancer's data folder."
+        )
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Both keys, ready to be used."""
+
+    admin: str = field(repr=False)
+    cluster: str = field(repr=False)
+    made: tuple[Path, ...] = ()
+    """The files that did not exist before."""
+
+
+def found(data_dir: Path, *, admin: str | None, cluster: str | None) -> Keys:
+    """The keys that are given, else those in the data folder, made where there are none. Blocking.
+
+    Raises `KeyFault`.
+    """
+    made: list[Path] = []
+
+    def one(name: str, given: str | None) -> str:
+        if given is not None:
+            return _strong(given, f"the {name.replace('_', ' ')} that the settings give")
+        path = data_dir / name
+        key, is_new = _kept(path)
+        if is_new:
+            made.append(path)
+        return key
+
+    return Keys(one(ADMIN_KEY, admin), one(CLUSTER_KEY, cluster), tuple(made))
+
+
+# Files ...
+
+
+def read(path: Path) -> str:
+    """The key in a file of our own. Raises `KeyFault`, and `FileNotFoundError` where there is none."""
+    try:
+        # Not through a link that somebody else may have put there, and never waiting for a pipe's writer.
+        number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            _insist_on_own(path, os.fstat(number))
+            data = os.read(number, MAX_KEY_BYTES)
+        finally:
+            os.close(number)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        reason = "it is a link" if error.errno == errno.ELOOP else error.strerror or str(error)
+        raise KeyFault(f"the key in {path} cannot be read: {reason}; choose another --data-dir") from error
+    try:
+        key = data.decode("ascii").strip()
+    except UnicodeDecodeError:
+        key = ""
+    if not key.isprintable() or " " in key or len(data) == MAX_KEY_BYTES:
+        key = ""
+    return _strong(key, f"the key in {path}")
+
+
+def _insist_on_own(path: Path, about: os.stat_result) -> None:
+    if not stat.S_ISREG(about.st_mode):
+        raise KeyFault(f"{path} is no file: remove it, and a new key is made on the next start")
+    if about.st_mode & 0o077:
+        raise KeyFault(
+            f"the key in {path} may be known to others, who can read or write that file: remove it, and a "
+            f"new one is made on the next start; or keep it with `chmod 600 {path}`"
+        )
+    if os.geteuid() not in (about.st_uid, 0):
+        raise KeyFault(f"{path} belongs to another user: remove it, or choose another --data-dir")
+
+
+def _kept(path: Path) -> tuple[str, bool]:
+    """The key in this file, and whether it had to be made."""
+    with suppress(FileNotFoundError):
+        return read(path), False
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return _make(path), True
+    except FileExistsError as error:
+        if path.is_file():  # another balancer that starts at the same time was faster
+            return read(path), False
+        raise _unwritable(path, error) from error
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> KeyFault:
+    name = path.name.upper()
+    return KeyFault(
+        f"cannot write the new key {path}: {error.strerror or error}; choose another --data-dir, or give the "
+        f"key by the variable BALANCER_{name}"
+    )
+
+
+def _make(path: Path) -> str:
+    """A new key, on the disk for good and under its name only when it is whole. Raises `OSError`."""
+    key = secrets.token_urlsafe(32)
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    number = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        with os.fdopen(number, "wb") as file:
+            file.write(f"{key}\n".encode())
+            file.flush()
+            os.fsync(number)
+        os.link(draft, path)  # which, unlike a rename, never replaces the key of somebody who was faster
+    finally:
+        draft.unlink()
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+    return key
+
+
+def _strong(key: str, what: str) -> str:
+    if len(key) < LEAST_KEY_CHARACTERS:
+        raise KeyFault(
+            f"{what} is not usable: expected one word of at least {LEAST_KEY_CHARACTERS} characters. Without "
+            "one, a key is made on the next start"
+        )
+    return key
+
+
+# Who comes with one ...
+
+
+@dataclass(frozen=True, slots=True)
+class GuessPolicy:
+    """How many wrong keys may come from one address."""
+
+    at_once: int = 10
+    seconds_each: float = 6.0
+    """After which one more may come."""
+    max_addresses: int = 1024
+    """That are remembered; the one that was wrong longest ago is forgotten for one more."""
+
+
+class Guesses:
+    """Wrong keys, counted by address. Pure: the time is an argument."""
+
+    def __init__(self, policy: GuessPolicy | None = None) -> None:
+        self._policy = policy or GuessPolicy()
+        self._spent_until: OrderedDict[str, float] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Addresses that are remembered."""
+        return len(self._spent_until)
+
+    def wait_seconds(self, address: str, now: float) -> float:
+        """Until a key from this address may be looked at; 0: now."""
+        spent = self._spent_until.get(_network(address), now) - now
+        return max(0.0, spent - (self._policy.at_once - 1) * self._policy.seconds_each)
+
+    def wrong(self, address: str, now: float) -> None:
+        network = _network(address)
+        self._spent_until[network] = max(self._spent_until.get(network, now), now) + self._policy.seconds_each
+        self._spent_until.move_to_end(network)
+        while len(self._spent_until) > self._policy.max_addresses:
+            self._spent_until.popitem(last=False)
+
+
+def _network(address: str) -> str:
+    """Whoever has an IPv6 address has 2^64 of them."""
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if ip.version == 4:
+        return str(ip)
+    return str(ip.ipv4_mapped or ipaddress.ip_network((ip, 64), strict=False))
+
+
+class AdminKey:
+    """Tells who holds the admin key from who does not."""
+
+    def __init__(self, key: str, clock: Callable[[], float], policy: GuessPolicy | None = None) -> None:
+        self._digest = _digest(key)
+        self._clock = clock
+        self._guesses = Guesses(policy)
+
+    def check(self, given: str, address: str) -> None:
+        """Raises `KeyMissing`, `KeyWrong` and `TooManyGuesses`. `given`: empty for none."""
+        if not given:
+            raise KeyMissing(
+                "This needs the admin key, as `Authorization: Bearer KEY`. It is in the file "
+                f"{ADMIN_KEY} in the balancer's data folder, unless its settings give another."
+            )
+        now = self._clock()
+        if wait := self._guesses.wait_seconds(address, now):
+            raise TooManyGuesses(wait)  # not looked at: else to wait would slow no guess down
+        # Digests: what differs between two of them says nothing of the keys, nor does their length.
+        if not hmac.compare_digest(_digest(given), self._digest):
+            self._guesses.wrong(address, now)
+            raise KeyWrong(
+                f"This is not the admin key. It is in the file {ADMIN_KEY} in the balancer's data folder, "
+                "unless its settings give another."
+            )
+
+
+def _digest(key: str) -> bytes:
+    return sha256(key.encode("utf-8", "surrogateescape")).digest()

@@ -1,0 +1,239 @@
+"""Workers whose models can be managed, as small as they can be: an agent that checks each proof of the
+cluster key as a real one does, and an Ollama with its API for models. Both on real ports, in the test's loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from worker_agent import wire
+from worker_agent.handshake import Nonces
+from worker_agent.wire import (
+    Download,
+    DownloadState,
+    EngineState,
+    ModelOrder,
+    ModelState,
+    Report,
+    ServedModel,
+)
+
+KEY = "a cluster key of these tests".replace(" ", "-")
+
+
+def _error(status: int, code: str, message: str) -> web.Response:
+    return web.json_response({"error": {"message": message, "code": code, "type": "x"}}, status=status)
+
+
+@dataclass
+class ManagedAgent:
+    """An agent that reports its models and takes orders from whoever holds its cluster key."""
+
+    id: str
+    key: str | None = KEY
+    models: dict[str, ServedModel] = field(default_factory=dict)
+    downloads: dict[str, Download] = field(default_factory=dict)
+    memory_total_bytes: int | None = 16 * 2**30
+    memory_held_bytes: int | None = 0
+    orders: list[tuple[str, ModelOrder]] = field(default_factory=list)
+    """What was done: only orders with a right proof."""
+    proofs_refused: int = 0
+    refuses: tuple[int, str] | None = None
+    """Status and sentence for every order."""
+    silent: asyncio.Event | None = None
+    """Orders are not answered before it is set."""
+    held: int = 0
+    """Orders that came while it was silent."""
+    is_old: bool = False
+    """It knows nothing of orders."""
+    port: int = 0
+    _nonces: Nonces = field(default_factory=Nonces)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """Its entry in the JSON file."""
+        return {"id": self.id, "host": "127.0.0.1", "port": self.port, "type": "agent"}
+
+    def has(self, name: str, state: ModelState, **more: Any) -> None:
+        self.models[name] = ServedModel(name=name, state=state, **more)
+        self._tell()
+
+    def fetches(self, repo: str, state: DownloadState, **more: Any) -> None:
+        self.downloads[repo] = Download(repo=repo, name=repo.rpartition("/")[2], state=state, **more)
+        self._tell()
+
+    def _tell(self) -> None:
+        self._changed.set()
+
+    def _report(self) -> Report:
+        return Report(
+            id=self.id,
+            state=EngineState.READY,
+            engine="fake",
+            slots=4,
+            models=tuple(self.models.values()),
+            downloads=tuple(self.downloads.values()),
+            memory_total_bytes=self.memory_total_bytes,
+            memory_held_bytes=self.memory_held_bytes,
+        )
+
+    async def _reports(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        while True:
+            self._changed.clear()
+            await response.write(self._report().to_line())
+            try:
+                async with asyncio.timeout(0.5):
+                    await self._changed.wait()
+            except TimeoutError:
+                continue
+
+    async def _challenge(self, request: web.Request) -> web.Response:
+        if self.is_old:
+            raise web.HTTPNotFound
+        if self.key is None:
+            return _error(403, "cluster_key_needed", "this agent has no cluster key")
+        clock = asyncio.get_running_loop().time
+        return web.json_response({"nonce": self._nonces.give(secrets.token_hex(16), clock())})
+
+    async def _order(self, request: web.Request) -> web.Response:
+        body = await request.read()
+        now = asyncio.get_running_loop().time()
+        proof = request.headers.get(wire.PROOF_HEADER, "")
+        if self.key is None or not self._nonces.accepts(
+            self.key, proof, self.id, request.method, request.path, body, now
+        ):
+            self.proofs_refused += 1
+            return _error(403, "cluster_key_wrong", "the proof is not one of this agent's key")
+        if self.silent is not None:
+            self.held += 1
+            await self.silent.wait()
+        if self.refuses is not None:
+            return _error(self.refuses[0], "refused", self.refuses[1])
+        action, order = request.match_info["action"], wire.parse_order(body)
+        self.orders.append((action, order))
+        if action == "load":
+            self.has(order.name, ModelState.LOADING, progress=0.25, eta_seconds=6.0)
+        elif action == "unload":
+            self.has(order.name, ModelState.UNLOADED)
+        elif action == "delete":
+            del self.models[order.name]
+            self._tell()
+        elif action == "download":
+            self.fetches(order.repo or order.name, DownloadState.DOWNLOADING, done_bytes=1, total_bytes=4)
+        return web.json_response({}, status=202 if action in ("load", "download") else 200)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[ManagedAgent]:
+        app = web.Application()
+        app.router.add_get(wire.REPORT_PATH, self._reports)
+        app.router.add_post(wire.CHALLENGE_PATH, self._challenge)
+        app.router.add_post(wire.MODELS_PATH + "/{action}", self._order)
+        async with _served(app) as self.port:
+            yield self
+
+
+@dataclass
+class ManagedOllama:
+    """An Ollama: what it has, what is in memory, and what it was asked to do with them."""
+
+    models: dict[str, bool] = field(default_factory=dict)
+    """By name, whether it is in memory."""
+    embeds: set[str] = field(default_factory=set)
+    asked: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    loads_slowly: asyncio.Event | None = None
+    pulls_until: asyncio.Event | None = None
+    """A pull has come half way until it is set."""
+    broken_pulls: int = 0
+    """Pulls that were ended by whoever had asked for them."""
+    port: int = 0
+
+    @property
+    def row(self) -> dict[str, Any]:
+        return {"id": "ollama", "host": "127.0.0.1", "port": self.port, "type": "ollama"}
+
+    async def _tags(self, _request: web.Request) -> web.Response:
+        rows = [
+            {"name": name, "size": 10, "details": {"family": "bert" if name in self.embeds else "llama"}}
+            for name in self.models
+        ]
+        return web.json_response({"models": rows})
+
+    async def _ps(self, _request: web.Request) -> web.Response:
+        return web.json_response({"models": [{"name": name} for name, here in self.models.items() if here]})
+
+    async def _load(self, request: web.Request) -> web.Response:
+        asked = await request.json()
+        self.asked.append((request.path, asked))
+        if asked["model"] not in self.models:
+            return web.json_response({"error": f"model '{asked['model']}' not found"}, status=404)
+        assert "prompt" not in asked
+        if self.loads_slowly is not None:
+            await self.loads_slowly.wait()
+        self.models[asked["model"]] = asked["keep_alive"] != 0
+        return web.json_response({"done": True})
+
+    async def _pull(self, request: web.Request) -> web.StreamResponse:
+        asked = await request.json()
+        self.asked.append((request.path, asked))
+        response = web.StreamResponse()
+        await response.prepare(request)
+
+        async def say(**line: object) -> None:
+            await response.write(orjson.dumps(line) + b"\n")
+
+        await say(status="pulling manifest")
+        if asked["model"] == "nothing":
+            await say(error="pull model manifest: file does not exist")
+            return response
+        await say(status="pulling aaa", digest="sha256:aaa", total=100, completed=50)
+        if self.pulls_until is not None:
+            try:
+                await self.pulls_until.wait()
+            except asyncio.CancelledError:
+                self.broken_pulls += 1
+                raise
+        await say(status="pulling aaa", digest="sha256:aaa", total=100, completed=100)
+        await say(status="verifying sha256 digest")
+        await say(status="success")
+        self.models[asked["model"]] = False
+        return response
+
+    async def _delete(self, request: web.Request) -> web.Response:
+        asked = await request.json()
+        self.asked.append((request.path, asked))
+        del self.models[asked["model"]]
+        return web.Response()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[ManagedOllama]:
+        app = web.Application()
+        app.router.add_get("/api/tags", self._tags)
+        app.router.add_get("/api/ps", self._ps)
+        app.router.add_post("/api/generate", self._load)
+        app.router.add_post("/api/embed", self._load)
+        app.router.add_post("/api/pull", self._pull)
+        app.router.add_delete("/api/delete", self._delete)
+        async with _served(app) as self.port:
+            yield self
+
+
+@asynccontextmanager
+async def _served(app: web.Application) -> AsyncIterator[int]:
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        yield int(runner.addresses[0][1])
+    finally:
+        await runner.cleanup()
