@@ -282,8 +282,8 @@ def _insist_on_the_room(request: web.Request, policy: GatewayPolicy) -> None:
         raise Refused(
             403,
             "wrong_host",
-            "this is not one of this machine's names: ask by its address or its own name, or put the name into"
-            " allow_hosts",
+            "this is not one of this machine's names: ask by its address or its own name, or put the name"
+            " into allow_hosts",
         )
     if not policy.sources.admit(request.remote or ""):
         raise Refused(
