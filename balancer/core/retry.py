@@ -70,6 +70,10 @@ MAX_BUSY = 20
 """Tries that may end with a worker saying that it has no room, or not the model yet. They cost nobody
 anything and are no failures; in line the request would have waited as long."""
 
+MAX_LOADING = 5
+"""Of these, tries that may end with a worker saying that it loads the model first. It is asked again only
+where its reports say otherwise."""
+
 SAME_PLACE_TOKENS = 8
 """How far apart two tries at one request may have got for it to be the same place."""
 
@@ -130,6 +134,8 @@ def after(policy: RetryPolicy, tried: Sequence[Tried], chance: float) -> Again |
     retries and backoff with jitter"). `chance` is uniform in [0, 1).
     """
     if not CAUSES[tried[-1].cause].again or is_poison(tried) or not policy.max_retries:
+        return None
+    if sum(attempt.cause is Cause.LOADING for attempt in tried) > MAX_LOADING:
         return None
     busy = sum(attempt.cause in NO_FAILURES for attempt in tried)
     if len(tried) - busy > policy.max_retries or busy > MAX_BUSY:

@@ -107,12 +107,19 @@ class Room:
         continues: int | None = None,
         kin: str | None = None,
         since: float | None = None,
+        local_only: bool = False,
+        failed_here: bool = False,
         **more,
     ) -> list[Command]:
         """A prompt of so many tokens: at least those of its blocks and a question after them. `since`: when
         the request arrived first, if that is not now."""
         needs = Needs(
-            model=ModelName(model), endpoint=endpoint, avoid=frozenset(map(WorkerId, avoid)), kin=kin
+            model=ModelName(model),
+            endpoint=endpoint,
+            avoid=frozenset(map(WorkerId, avoid)),
+            kin=kin,
+            local_only=local_only,
+            failed_here=failed_here,
         )
         prompt = Prompt(
             chars=4 * max(tokens or 0, BLOCK_TOKENS * len(blocks) + 40),

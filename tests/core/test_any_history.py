@@ -4,6 +4,7 @@ who runs that is kept from the commands alone."""
 import math
 import random
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
@@ -28,6 +29,7 @@ from balancer.core.model import (
     Endpoint,
     Gone,
     Grant,
+    Loading,
     Lost,
     Measures,
     ModelName,
@@ -59,6 +61,8 @@ KINDS = {
     "silent": Condition(),
 }
 """Engines, and a server of which nobody knows anything."""
+LOADS = ({"loaded": False}, {"loaded": False, "loading": True}, {"loaded": False, "failed": "too large"})
+"""How a model may stand that is not loaded."""
 
 
 @dataclass(slots=True)
@@ -129,8 +133,9 @@ class AnyHistory(RuleBasedStateMachine):
         self.hedge = hedge
         self.hedges = self.chats_granted = 0
         if known:
-            for name, kind in zip(NAMES[: data.draw(st.integers(1, 4))], KINDS, strict=False):
-                self.seen(name, None, 1, alias=False)
+            first, fallback = data.draw(st.integers(0, 3)), data.draw(st.booleans())
+            for name, kind in list(zip(NAMES, KINDS, strict=True))[first:]:
+                self.seen(name, None, 1, alias=False, fallback=fallback and name == "d")
                 self.reported(name, kind, MODELS[:1], ready=True, slots=None, memory=None, busy=None)
 
     # The shell
@@ -148,12 +153,18 @@ class AnyHistory(RuleBasedStateMachine):
                     self.own(ticket)
                     self.running[ticket] = Running(worker.id, self.now, None)
                     assert worker.id not in self.draining
+                    assert not worker.fallback, "nobody has asked for that, and it costs money"
                     touched.add(worker.id)
                 case Refuse(ticket=ticket, refusal=refusal):
                     needs = self.waiting.pop(ticket).needs
-                    assert 1 <= command.retry_after <= 60
+                    assert 1 <= command.retry_after <= (600 if refusal is Refusal.MODEL_LOADING else 60)
                     if needs.kin is not None:
                         assert (refusal is Refusal.MODEL_AWAY) == (not self.serving(needs))
+                    if refusal is Refusal.MODEL_FAILED:
+                        assert not self.serving(needs, failed=False)
+                    if refusal is Refusal.LOCAL_ONLY:
+                        assert needs.local_only
+                        assert self.serving(needs._replace(local_only=False))
                 case Abandon(ticket, _):
                     assert ticket in self.running
         for worker_id in touched:
@@ -186,7 +197,7 @@ class AnyHistory(RuleBasedStateMachine):
             assert all(one.of != grant.copy_of for one in self.running.values()), "one copy of each"
             ask = first.ask
             if ask.service_class is ServiceClass.INTERACTIVE:
-                self.hedged(first, worker_id)
+                self.hedged(first, worker_id, grant.choice.because)
             if not self.takes_copies:
                 refused_copies.append(grant.ticket)
         if grant.warm_chars is not None:
@@ -195,23 +206,39 @@ class AnyHistory(RuleBasedStateMachine):
         if grant.copy_of is None and ask.service_class is ServiceClass.INTERACTIVE:
             self.chats_granted += 1
         assert worker_id not in self.draining
-        assert worker_id in self.serving(ask.needs)
-        assert not self.view(worker_id).stuck
+        assert worker_id in self.serving(ask.needs, failed=False)
+        if grant.worker.fallback:
+            self.fell_back(grant, ask)
+        assert not self.view(worker_id).stuck or grant.worker.fallback
         aliases = dict(self.view(worker_id).worker.aliases)
         assert grant.model in (None, aliases.get(ask.needs.model))
-        others = self.well(ask.needs) - {worker_id} - ask.needs.avoid
+        others = (self.well(ask.needs) & self.alive_here(ask.needs)) - {worker_id} - ask.needs.avoid
         if worker_id in ask.needs.avoid or self.view(worker_id).breaker is not BreakerPhase.CLOSED:
-            assert not others, "somebody is well, were it only busy"
+            assert grant.worker.fallback or not others, "somebody is well, were it only busy"
         self.running[grant.ticket] = Running(
             worker_id, self.now, ask, warm=grant.warm_chars is not None, of=grant.copy_of
         )
 
-    def hedged(self, first: Running, worker_id: WorkerId) -> None:
+    def fell_back(self, grant: Grant, ask: Ask) -> None:
+        """Outside of the room is asked what may leave it, once, and what the room cannot answer."""
+        assert not ask.needs.local_only
+        assert ask.needs.kin is None
+        assert grant.copy_of is None
+        assert grant.warm_chars is None
+        here = {one for one in self.serving(ask.needs) if not self.view(one).worker.fallback}
+        if ask.service_class is ServiceClass.BATCH:
+            assert not here
+        if grant.choice.because == "no worker of the room is well":
+            well = self.well(ask.needs) & here
+            assert well <= ask.needs.avoid
+            assert not well or ask.needs.failed_here
+
+    def hedged(self, first: Running, worker_id: WorkerId, because: str) -> None:
         """A chat whose first token is late gets somebody who has nothing to do, and that seldom."""
         self.hedges += 1
         assert self.hedge is not None
         assert first.began is None
-        assert self.now - first.since > self.hedge.least_seconds
+        assert self.now - first.since > self.hedge.least_seconds or "has yet to load" in because
         assert not any(one.worker_id == worker_id for one in self.running.values())
         assert self.view(worker_id).breaker is BreakerPhase.CLOSED
         assert self.hedges <= self.hedge.share * self.chats_granted
@@ -231,18 +258,24 @@ class AnyHistory(RuleBasedStateMachine):
     def view(self, worker_id: str):
         return next(v for v in self.dispatcher.snapshot(self.now).workers if v.worker.id == worker_id)
 
-    def serving(self, needs: Needs) -> set[WorkerId]:
-        """Who of the room does this, if not now."""
+    def serving(self, needs: Needs, *, failed: bool = True) -> set[WorkerId]:
+        """Who does this, if not now, and may be asked for it. `failed`: also who says that they cannot."""
         return {
             view.worker.id
             for view in self.dispatcher.snapshot(self.now).workers
-            if self.does(view.worker, needs)
+            if self.does(view.worker, needs, failed=failed)
         }
 
-    def does(self, worker: Worker, needs: Needs) -> bool:
+    def does(self, worker: Worker, needs: Needs, *, failed: bool = False) -> bool:
+        if worker.fallback and (needs.local_only or needs.kin is not None):
+            return False
         told = self.offers.get(worker.id, {})
         own = dict(worker.aliases).get(needs.model)
         offer = replace(told[own], known_as=own) if own in told else told.get(needs.model)
+        if offer is not None and offer.failed is not None and not failed:
+            return False
+        if worker.fallback and worker.aliases and own not in told:
+            return False
         if offer is None or needs.kin is None:
             return offer is not None
         may = needs.endpoint is not Endpoint.CHAT or offer.continues is not False
@@ -258,6 +291,10 @@ class AnyHistory(RuleBasedStateMachine):
             and view.state == "ready"
             and self.now >= self.held_until.get(view.worker.id, 0.0)
         }
+
+    def alive_here(self, needs: Needs) -> set[WorkerId]:
+        """Those of them that are of the room."""
+        return {one for one in self.alive(needs) if not self.view(one).worker.fallback}
 
     def well(self, needs: Needs) -> set[WorkerId]:
         return {one for one in self.alive(needs) if self.view(one).breaker is BreakerPhase.CLOSED}
@@ -279,6 +316,9 @@ class AnyHistory(RuleBasedStateMachine):
         admitted=st.booleans(),
         endpoint=st.sampled_from([Endpoint.CHAT, Endpoint.CHAT, Endpoint.COMPLETIONS]),
         kin=st.sampled_from([None, None, None, "m", "n", "q4", OWN]),
+        local_only=st.booleans(),
+        failed_here=st.booleans(),
+        patience=st.sampled_from([5, 30, 30]),
     )
     def arrives(
         self,
@@ -296,15 +336,23 @@ class AnyHistory(RuleBasedStateMachine):
         admitted,
         endpoint,
         kin,
+        local_only,
+        failed_here,
+        patience,
     ):
         shared = [document * 1000 + number for number in range(blocks)]
         own = [hash((self.numbers, number)) for number in range(more // BLOCK_CHARS)]
         ask = Ask(
             needs=Needs(
-                model=ModelName(model), endpoint=endpoint, avoid=frozenset(map(WorkerId, avoid)), kin=kin
+                model=ModelName(model),
+                endpoint=endpoint,
+                avoid=frozenset(map(WorkerId, avoid)),
+                kin=kin,
+                local_only=local_only,
+                failed_here=failed_here,
             ),
             arrived=self.now - early,
-            deadline=math.inf if batch else self.now + 30,
+            deadline=math.inf if batch else self.now + patience,
             service_class=ServiceClass.BATCH if batch else ServiceClass.INTERACTIVE,
             client=client,
             prompt=Prompt(
@@ -410,15 +458,19 @@ class AnyHistory(RuleBasedStateMachine):
         cached=st.none() | st.integers(0, 5000),
         output=st.none() | st.integers(0, 1000),
         silent=st.booleans(),
+        loading=st.none() | st.none() | st.none() | st.floats(0, 60),
     )
-    def ends(self, data, verdict, unreachable, hold, measured, cached, output, silent):
+    def ends(self, data, verdict, unreachable, hold, measured, cached, output, silent, loading):
         ticket = data.draw(st.sampled_from(sorted(self.running)))
         one = self.running[ticket]
         if hold is not None:
             until = max(self.held_until.get(one.worker_id, 0.0), self.now + hold)
             self.held_until[one.worker_id] = until
         measures = self.measures(one, cached=cached, output=output) if measured else None
-        self.end(ticket, verdict, measures, unreachable and verdict is Verdict.BAD, hold, silent)
+        told = None
+        if loading is not None and verdict is Verdict.UNKNOWN:
+            told = Loading(one.worker_id, None, loading)
+        self.end(ticket, verdict, measures, unreachable and verdict is Verdict.BAD, hold, silent, told)
 
     def measures(self, one: Running, *, cached: int | None = 0, output: int | None = 20) -> Measures:
         prompt = one.ask.prompt.chars // 4 if one.ask else 1
@@ -460,11 +512,17 @@ class AnyHistory(RuleBasedStateMachine):
         cap=st.none() | st.integers(1, 3),
         port=st.integers(1, 2),
         alias=st.booleans(),
+        fallback=st.sampled_from([False, False, True]),
     )
-    def seen(self, name, cap, port, alias):
+    def seen(self, name, cap, port, alias, fallback=False):
         aliases = ((ModelName("m"), OWN),) if alias else ()
         worker = Worker(
-            id=WorkerId(name), type="agent", url=f"http://{name}:{port}", cap=cap, aliases=aliases
+            id=WorkerId(name),
+            type="agent",
+            url=f"http://{name}:{port}",
+            cap=cap,
+            aliases=aliases,
+            fallback=fallback,
         )
         self.tell(Seen(worker))
 
@@ -477,17 +535,43 @@ class AnyHistory(RuleBasedStateMachine):
         busy=st.none() | st.integers(0, 6),
         identity=st.sampled_from(["", "", "q4", "q8"]),
         continues=st.sampled_from([None, True, False]),
+        load=st.sampled_from([*(3 * [{}]), *LOADS]),
+        seconds=st.floats(0, 60),
+        tells=st.booleans(),
     )
-    def reported(self, name, kind, models, slots, memory, busy, ready=True, identity="", continues=None):
+    def reported(
+        self,
+        name,
+        kind,
+        models,
+        slots,
+        memory,
+        busy,
+        ready=True,
+        identity="",
+        continues=None,
+        load=MappingProxyType({}),
+        seconds=0.0,
+        tells=True,
+    ):
         offers = tuple(
-            ModelOffer(name=ModelName(model), memory_tokens=memory, identity=identity, continues=continues)
+            ModelOffer(
+                name=ModelName(model),
+                memory_tokens=memory,
+                identity=identity,
+                continues=continues,
+                load_seconds=seconds,
+                **(load if model == "m" else {}),
+            )
             for model in sorted(models)
         )
         room = {view.worker.id for view in self.dispatcher.snapshot(self.now).workers}
         if name in room and (offers or ready):
             self.offers[WorkerId(name)] = {offer.name: offer for offer in offers}
         state = "ready" if ready else "loading"
-        condition = replace(KINDS[kind], models=offers, ready=ready, state=state, running=busy)
+        condition = replace(
+            KINDS[kind], models=offers, ready=ready, state=state, running=busy, tells_loads=tells
+        )
         if slots is not None:
             condition = replace(condition, slots=slots)
         self.external[WorkerId(name)] = busy or 0
@@ -596,7 +680,7 @@ class AnyHistory(RuleBasedStateMachine):
         """Who waits for something that somebody could do, while nobody does anything."""
         if self.running or any(self.external.values()):
             return []
-        return [ask for ask in self.waiting.values() if self.alive(ask.needs)]
+        return [ask for ask in self.waiting.values() if self.alive_here(ask.needs)]
 
     def teardown(self):
         """When all is well again and everything is answered, everybody's turn comes."""

@@ -7,6 +7,7 @@ from balancer.core.retry import (
     CAUSES,
     MAX_BUSY,
     MAX_CRASHES,
+    NO_FAILURES,
     Again,
     Cause,
     RetryPolicy,
@@ -23,7 +24,7 @@ def tried(*causes: Cause) -> list[Tried]:
 
 
 def test_a_broken_attempt_is_followed_by_another_elsewhere_without_a_pause():
-    assert after(POLICY, tried(Cause.BROKE), chance=0.5) == Again(0.0, frozenset({WorkerId("w0")}))
+    assert after(POLICY, tried(Cause.BROKE), chance=0.5) == Again(0.0, frozenset({WorkerId("w0")}), True)
 
 
 def test_pauses_before_further_ones_are_drawn_from_half_a_second_and_twice_that():
@@ -40,6 +41,22 @@ def test_no_pause_is_longer_than_the_longest():
 
 def test_after_three_retries_it_is_enough():
     assert after(POLICY, tried(*[Cause.BROKE] * 4), chance=0.5) is None
+
+
+def test_a_worker_that_loads_the_model_first_costs_no_try_and_is_not_avoided():
+    again = after(POLICY, tried(*[Cause.LOADING] * 3, *[Cause.BROKE] * 3), chance=0.5)
+    assert again is not None
+    assert again.avoid == {"w3", "w4", "w5"}
+    assert not again.failed_here
+    assert after(POLICY, tried(*[Cause.LOADING] * 5), chance=0.5) is not None
+    assert after(POLICY, tried(*[Cause.LOADING] * 6), chance=0.5) is None
+
+
+def test_who_was_only_busy_has_not_failed_at_it():
+    for causes, failed_here in [([Cause.BROKE] * 2, True), ([Cause.BROKE, Cause.BUSY], False)]:
+        again = after(POLICY, tried(*causes), chance=0.5)
+        assert again is not None
+        assert again.failed_here is failed_here
 
 
 def test_no_retries_where_they_are_switched_off():
@@ -99,7 +116,8 @@ def test_a_retry_never_waits_long_and_avoids_all_who_failed(causes, chance):
     again = after(POLICY, history, chance)
     if again is not None:
         assert 0 <= again.delay <= POLICY.longest_seconds
-        assert again.avoid == {attempt.worker_id for attempt in history}
+        failed = [attempt for attempt in history if attempt.cause is not Cause.LOADING]
+        assert again.avoid == {attempt.worker_id for attempt in failed}
 
 
 @given(
@@ -114,5 +132,5 @@ def test_no_request_is_the_last_of_more_engines_than_may_be(causes, max_retries)
         if after(RetryPolicy(max_retries=max_retries), history, chance=0.5) is None:
             break
     assert sum(one.cause is Cause.CRASHED for one in history) <= MAX_CRASHES
-    assert sum(one.cause is not Cause.BUSY for one in history) <= max_retries + 1
+    assert sum(one.cause not in NO_FAILURES for one in history) <= max_retries + 1
     assert len(history) <= max_retries + 1 + MAX_BUSY

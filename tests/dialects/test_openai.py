@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balancer.core.errors import BadRequest, ModelNotFound, RequestError
+from balancer.core.errors import BadRequest, ModelLoading, ModelNotFound, RequestError
 from balancer.core.model import Endpoint, ModelName, ModelOffer
 from balancer.dialects.openai import (
     UNSUPPORTED,
@@ -500,6 +500,50 @@ def test_llama_cpps_word_for_a_long_prompt_becomes_openais():
     body = b'{"error":{"code":400,"message":"too long","type":"exceed_context_size_error"}}'
     complaint = read_complaint(body)
     assert (complaint.code, complaint.message) == ("context_length_exceeded", "too long")
+
+
+def test_how_far_a_model_is_loaded_is_said_beside_the_error():
+    error = ModelLoading("m", "studio", 0.43, 12.0, 12.0)
+    told = orjson.loads(error_body(error))["error"]
+    assert (told["type"], told["param"], told["code"]) == ("server_error", None, "model_loading")
+    assert told["loading"] == {"worker": "studio", "progress": 0.43, "eta_seconds": 12.0}
+    complaint = read_complaint(error_body(error))
+    assert (complaint.code, complaint.progress, complaint.eta_seconds) == ("model_loading", 0.43, 12.0)
+
+
+@pytest.mark.parametrize("told", [None, [], {"progress": "x", "eta_seconds": -1}, {"progress": 2}, {}])
+def test_what_makes_no_sense_of_a_load_is_not_believed(told):
+    complaint = read_complaint(orjson.dumps({"error": {"code": "model_loading", "loading": told}}))
+    assert (complaint.progress, complaint.eta_seconds) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "meant"),
+    [
+        ({"local_only": True}, True),
+        ({"local_only": "true"}, True),
+        ({"local_only": "TRUE"}, True),
+        ({"local_only": "1"}, True),
+        ({"local_only": False}, False),
+        ({"local_only": "false"}, False),
+        ({"local_only": None}, False),
+        ({"project": "x"}, False),
+        (["local_only"], False),
+        (None, False),
+    ],
+)
+def test_a_request_may_say_that_it_stays_in_the_room(metadata, meant):
+    body = {"model": "m", "messages": [{"role": "user", "content": "x"}], "metadata": metadata}
+    request = parse(Endpoint.CHAT, orjson.dumps(body))
+    assert request.local_only is meant
+    assert b"metadata" not in request.body
+
+
+@pytest.mark.parametrize("told", ["yes", 1, [True], {}])
+def test_who_says_that_in_words_of_their_own_is_told_how(told):
+    body = {"model": "m", "messages": [{"role": "user", "content": "x"}], "metadata": {"local_only": told}}
+    with pytest.raises(BadRequest, match="local_only"):
+        parse(Endpoint.CHAT, orjson.dumps(body))
 
 
 def test_a_workers_words_cannot_draw_on_a_terminal():

@@ -341,6 +341,38 @@ def test_what_an_agent_tells_of_its_model_reaches_the_core():
     assert (condition.running, condition.shares_prefixes) == (3, True)
 
 
+@pytest.mark.parametrize(
+    ("told", "loaded", "loading", "seconds", "progress"),
+    [
+        ({}, True, False, 0.0, None),
+        ({"state": "unloaded", "load_seconds": 12.0}, False, False, 12.0, None),
+        ({"state": "unloaded", "load_seconds": 12.0, "eta_seconds": 30.0}, False, False, 30.0, None),
+        ({"state": "unloaded", "size_bytes": 15 * 10**9}, False, False, 10.0, None),
+        ({"state": "unloaded"}, False, False, 1.0, None),
+        ({"state": "loading", "eta_seconds": 4.0, "progress": 0.5}, False, True, 4.0, 0.5),
+        ({"state": "loading", "load_seconds": 12.0, "progress": 0.75}, False, True, 3.0, 0.75),
+    ],
+)
+def test_how_far_a_model_is_loaded_reaches_the_core(told, loaded, loading, seconds, progress):
+    model = wire.ServedModel(name="m", **told)
+    condition = from_report(READY.model_copy(update={"models": (model,)}))
+    (offer,) = condition.models
+    assert condition.tells_loads
+    assert (offer.loaded, offer.loading, offer.progress) == (loaded, loading, progress)
+    assert offer.load_seconds == seconds
+    assert offer.failed is None
+
+
+def test_why_a_model_cannot_be_loaded_reaches_the_core():
+    models = (
+        wire.ServedModel(name="a", state=wire.ModelState.FAILED, detail="9.3 GiB are needed"),
+        wire.ServedModel(name="b", state=wire.ModelState.FAILED, slots=3),
+    )
+    first, second = from_report(READY.model_copy(update={"models": models})).models
+    assert (first.failed, second.failed) == ("9.3 GiB are needed", "failed")
+    assert (first.slots, second.slots) == (None, 3)
+
+
 @pytest.mark.parametrize("state", [state for state in wire.EngineState if state != "ready"])
 def test_only_an_agent_whose_engine_is_ready_is_ready(state):
     assert not from_report(READY.model_copy(update={"state": state})).ready

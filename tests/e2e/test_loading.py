@@ -227,7 +227,7 @@ async def test_a_stream_that_the_room_began_is_not_gone_on_with_outside(open_roo
     async with (
         FakeEngine() as local,
         FakeEngine(models=("theirs",)) as api,
-        open_room(listed(local, "local"), paid(api)) as room,
+        open_room(listed(local, "local"), paid(api), max_wait=1) as room,
     ):
         await room.ready(2)
         local.script(Fault.die(at_token=5))
