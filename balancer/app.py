@@ -492,13 +492,14 @@ def log_served(served: Served) -> None:
     last = served.attempts[-1] if served.attempts else None
     tokens = last.measures.output_tokens if last else None
     log.info(
-        "%s %s %s %d%s worker=%s attempts=%d queued=%.3fs took=%.3fs%s id=%s",
+        "%s %s %s %d%s worker=%s%s attempts=%d queued=%.3fs took=%.3fs%s id=%s",
         served.client or "-",
         served.endpoint.value,
         served.model if served.model.isprintable() else ascii(served.model),
         served.status,
         f" {served.error}" if served.error else "",
         last.worker_id if last else "-",
+        " fallback" if served.fallback else "",
         len(served.attempts),
         served.queue_seconds,
         served.seconds,

@@ -37,7 +37,7 @@ from worker_agent.hardware import Hardware
 from worker_agent.hosts import Hosts, own_names
 from worker_agent.identity import identity
 from worker_agent.joining import join_all
-from worker_agent.memory import MemoryNow, Pool, budget
+from worker_agent.memory import MemoryNow, Pool, budget, held_bytes
 from worker_agent.models.catalog import Catalog, NotAModel, describe
 from worker_agent.models.downloads import (
     DownloadPolicy,
@@ -286,17 +286,34 @@ def _planner(
     return plan
 
 
-def _measuring(share: float) -> Measure:
+def measuring(share: float, hardware: Hardware) -> Measure:
     """What models may take: this share of what is free and of what they hold already."""
 
-    def measure(pids: Collection[int]) -> Mapping[Pool, MemoryNow]:
-        ours = machine.resident_bytes(pids)
-        return {
-            pool: replace(now, available_bytes=budget(now, ours.get(pool, 0), share))
-            for pool, now in machine.measure_memory().items()
-        }
+    def measure(pids: Collection[int], given: Mapping[Pool, int]) -> Mapping[Pool, MemoryNow]:
+        # Engines grow and end meanwhile: what is free is looked at before and after what they hold, and the
+        # less of it counts, so that nothing is counted as both.
+        before = machine.measure_memory()
+        told = machine.resident_bytes(pids)
+        free = _least(before, machine.measure_memory() if pids else before)
+        if hardware.gpus and Pool.VRAM not in free:  # its driver did not answer: nobody knows what is free
+            total = sum(gpu.memory_bytes for gpu in hardware.gpus)
+            free[Pool.VRAM] = MemoryNow(total_bytes=total, available_bytes=0)
+        lives = told.get(Pool.RAM, 0) > 0
+        measured = {}
+        for pool, now in free.items():
+            ours = held_bytes(now, told.get(pool, 0), given.get(pool, 0)) if lives else 0
+            measured[pool] = replace(now, available_bytes=budget(now, ours, share))
+        return measured
 
     return measure
+
+
+def _least(one: Mapping[Pool, MemoryNow], other: Mapping[Pool, MemoryNow]) -> dict[Pool, MemoryNow]:
+    return {
+        pool: min(one[pool], other[pool], key=lambda now: now.available_bytes)
+        for pool in one
+        if pool in other
+    }
 
 
 async def _serve(
@@ -311,7 +328,10 @@ async def _serve(
     for each in advice:
         _LOG.info("advice: %s", each)
     residents = Residents(
-        agent_id, _measuring(settings.memory_share), changes, ResidentsPolicy(slots=settings.slots)
+        agent_id,
+        measuring(settings.memory_share, inspection.hardware),
+        changes,
+        ResidentsPolicy(slots=settings.slots),
     )
     shelf = Shelf(offers.given, offers.downloaded, catalog, residents, offers.missing)
     downloads = Downloads(catalog, await _download_policy(settings, inspection), changes.announce)

@@ -93,6 +93,12 @@ _NARROWEST = 64 * 2**10
 _WIDEST = 5 * 2**19
 
 
+def held_bytes(now: MemoryNow, told_bytes: int, given_bytes: int) -> int:
+    """What our engines hold of a pool. Drivers tell nothing of it in most containers; then it is what those
+    that serve were given, as far as so much is in use at all."""
+    return told_bytes or min(max(given_bytes, 0), max(0, now.total_bytes - now.available_bytes))
+
+
 def budget(now: MemoryNow, ours_bytes: int, share: float) -> int:
     """What our engines together may take of a pool, in bytes: this share of what is free and of what they
     hold already. Never more than the pool has."""

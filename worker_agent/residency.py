@@ -83,6 +83,8 @@ class Unload:
     """Stop its engine; nothing runs on it."""
 
     name: str
+    given_up: bool = False
+    """It could not be loaded, and another model is wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,8 @@ class _Model:
     """When it began to be loaded, or since when it serves."""
     promised: bool = False
     """Somebody was told to come back for it, and has not come yet."""
+    stumbled: bool = False
+    """Its engine ended, or took too long, before it could serve; another try is under way."""
 
     @property
     def resident(self) -> bool:
@@ -174,6 +178,21 @@ class Residency:
         """The part of that which belongs to pinned ones, without this one."""
         return _sum(model.held for model in self._pinned() if model.name != but)
 
+    def serving_bytes(self) -> Mapping[Pool, int]:
+        """The part of it that belongs to those that are loaded."""
+        loaded = (Phase.READY, Phase.CLOSING)
+        return _sum(model.held for model in self._models.values() if model.phase in loaded)
+
+    def why_not_again(self, name: str, budget: Mapping[Pool, int]) -> str | None:
+        """Why the engine of a resident model, which has died, is not to be started again: what it had is
+        taken; None: it may."""
+        model = self._models[name]
+        others = [one for one in self._resident() if one is not model]
+        if model.held is None or _fits(others, model, budget):
+            return None
+        others = [one for one in others if one.held is not None and one.held.pool is model.held.pool]
+        return _too_large(name, model.held, others, budget, beside="loaded")
+
     # ... what happens ...
 
     def waits(self, name: str, key: int, now: float) -> None:
@@ -217,6 +236,12 @@ class Residency:
         model = self._models[name]
         if model.phase is Phase.LOADING:
             model.phase, model.since, model.used, model.wished = Phase.READY, now, now, None
+
+    def stumbled(self, name: str) -> None:
+        """Its engine has died, and is started again: where it was being loaded, nobody waits for that who
+        wants another model."""
+        model = self._models[name]
+        model.stumbled = model.phase is Phase.LOADING
 
     def failed(self, name: str) -> None:
         """Its engine stays down."""
@@ -267,8 +292,8 @@ class Residency:
                 commands.append(Refuse(model.name, why))
                 continue
             resident = self._resident()
-            fits = _fits([*resident, model], budget)
-            if fits and (victims is None or _fits([*claim, model], budget)):
+            fits = _fits(resident, model, budget)
+            if fits and (victims is None or _fits(claim, model, budget)):
                 self._begin(model, now)
                 claim.append(model)
                 commands.append(Load(model.name))
@@ -289,7 +314,7 @@ class Residency:
                 (self._turn_seconds(one) + one.terms.load_seconds for one in self._wanted()), default=0.0
             )
         others = [one for one in self._resident() if one is not model]
-        if _fits([*others, model], budget):
+        if _fits(others, model, budget):
             return 0.0
         if self._never(model, budget) is not None:
             return None
@@ -313,11 +338,12 @@ class Residency:
 
     def _begin(self, model: _Model, now: float) -> None:
         model.phase, model.held, model.since, model.wished = Phase.LOADING, model.terms.need, now, None
+        model.stumbled = False
 
     def _never(self, model: _Model, budget: Mapping[Pool, int]) -> str | None:
         """Why it does not fit even if all who may leave have left; None: it does."""
         pinned = [one for one in self._pinned() if one is not model]
-        if _fits([*pinned, model], budget):
+        if _fits(pinned, model, budget):
             return None
         need = model.terms.need
         if need is None:
@@ -328,7 +354,7 @@ class Residency:
         if any(one.held is None for one in pinned):
             names = ", ".join(one.name for one in pinned if one.held is None)
             return f"{names} is pinned, and what it takes is not known: unpin it to load {model.name}"
-        return _too_large(model.name, need, pinned, budget)
+        return _too_large(model.name, need, pinned, budget, beside="pinned")
 
     def _victims(self, model: _Model, budget: Mapping[Pool, int], now: float) -> list[_Model]:
         """Who leaves for it: as few as will do, those that are on their way first, then by when they can."""
@@ -337,12 +363,12 @@ class Residency:
         stay = [one for one in self._resident() if one is not model and one not in may_leave]
         leave: list[_Model] = []
         for one in may_leave:
-            if _fits([*stay, *may_leave[len(leave) :], model], budget):
+            if _fits([*stay, *may_leave[len(leave) :]], model, budget):
                 break
             leave.append(one)
         for one in leave[::-1]:  # a small one that left first may stay after all where a large one leaves
             others = [other for other in may_leave if other not in leave or other is one]
-            if one.phase is not Phase.LEAVING and _fits([*stay, *others, model], budget):
+            if one.phase is not Phase.LEAVING and _fits([*stay, *others], model, budget):
                 leave.remove(one)
         return leave
 
@@ -355,7 +381,7 @@ class Residency:
             return 0
         if model.phase is Phase.CLOSING:
             return 1
-        if model.phase is Phase.LOADING:
+        if model.phase is Phase.LOADING and not self._is_given_up(model):
             return 4
         return 2 if self._gives_way_at_once(model, now) else 3
 
@@ -364,7 +390,7 @@ class Residency:
 
     def _free_at(self, model: _Model, now: float) -> float:
         """When it may be asked to give way; what it has begun it ends even then."""
-        if model.phase in (Phase.LEAVING, Phase.CLOSING):
+        if model.phase in (Phase.LEAVING, Phase.CLOSING) or self._is_given_up(model):
             return now
         turn_ends = model.since + self._turn_seconds(model)
         if model.phase is Phase.LOADING:
@@ -373,6 +399,10 @@ class Residency:
             return max(now, turn_ends)
         pause = min(self._policy.longest_pause_seconds, self._policy.pause_loads * model.terms.load_seconds)
         return max(now, min(turn_ends, model.used + pause))
+
+    def _is_given_up(self, model: _Model) -> bool:
+        """Whether its load has gone wrong once, and nobody waits for the next try."""
+        return model.phase is Phase.LOADING and model.stumbled and not model.waiters
 
     def _gives_way_at_once(self, model: _Model, now: float) -> bool:
         return not model.active and not model.waiters and self._free_at(model, now) <= now
@@ -389,15 +419,16 @@ class Residency:
         ]
         for at in waits_for:
             self._wake_by(at)
-        if waits_for or any(one.phase is Phase.LOADING for one in victims):
+        if waits_for or any(one.phase is Phase.LOADING and not self._is_given_up(one) for one in victims):
             return []
         commands: list[Command] = []
         for one in victims:
             if one.phase is Phase.READY:
                 one.phase = Phase.CLOSING
-            if one.phase is Phase.CLOSING and not one.active:
+            given_up = one.phase is Phase.LOADING
+            if given_up or (one.phase is Phase.CLOSING and not one.active):
                 one.phase = Phase.LEAVING
-                commands.append(Unload(one.name))
+                commands.append(Unload(one.name, given_up))
         return commands
 
     def _unload_the_expired(self, now: float) -> list[Command]:
@@ -432,13 +463,13 @@ def _need(model: _Model) -> Need | None:
     return model.held if model.resident else model.terms.need
 
 
-def _fits(models: Collection[_Model], budget: Mapping[Pool, int]) -> bool:
-    """Whether these can be there together. One whose need is not known is there alone."""
-    needs = [_need(model) for model in models]
-    if any(need is None for need in needs):
-        return len(needs) == 1
-    taken = _sum(needs)
-    return all(taken[pool] <= budget.get(pool, 0) for pool in taken)
+def _fits(others: Collection[_Model], model: _Model, budget: Mapping[Pool, int]) -> bool:
+    """Whether it can be there beside the others, as far as the memory goes that it needs itself. One whose
+    need is not known is there alone."""
+    need, needs = _need(model), [_need(one) for one in others]
+    if need is None or any(each is None for each in needs):
+        return not others
+    return _sum([need, *needs])[need.pool] <= budget.get(need.pool, 0)
 
 
 def _sum(needs: Iterable[Need | None]) -> Counter[Pool]:
@@ -449,8 +480,10 @@ def _sum(needs: Iterable[Need | None]) -> Counter[Pool]:
     return taken
 
 
-def _too_large(name: str, need: Need, pinned: Sequence[_Model], budget: Mapping[Pool, int]) -> str:
-    held = [(one.name, one.held) for one in pinned if one.held is not None and one.held.pool is need.pool]
+def _too_large(
+    name: str, need: Need, others: Sequence[_Model], budget: Mapping[Pool, int], *, beside: str
+) -> str:
+    held = [(one.name, one.held) for one in others if one.held is not None and one.held.pool is need.pool]
     of = budget.get(need.pool, 0)
     free = max(0, of - sum(need.total_bytes for _, need in held))
     parts = f"weights {_gib(need.weights_bytes)}, cache {_gib(need.cache_bytes)}"
@@ -460,7 +493,7 @@ def _too_large(name: str, need: Need, pinned: Sequence[_Model], budget: Mapping[
         f" {where}{_gib(free)} GiB are free for models, of {_gib(of)}"
     )
     names = ", ".join(f"{name} {_gib(need.total_bytes)}" for name, need in held)
-    return f"{text}; pinned: {names}" if names else text
+    return f"{text}; {beside}: {names}" if names else text
 
 
 def _gib(size_bytes: int) -> str:

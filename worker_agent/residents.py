@@ -39,13 +39,17 @@ _OTHER_ENGINE_SECONDS = 3.0
 _BYTES_PER_SECOND = 1e9  # of weights read from disk
 _UNKNOWN_LOAD_SECONDS = 60.0  # of a model whose size nobody knows
 
-Measure: TypeAlias = Callable[[Collection[int]], Mapping[Pool, MemoryNow]]
-"""What models may take of each pool now (`available_bytes`), those included that run below these process ids.
-Blocks: for a thread."""
+Measure: TypeAlias = Callable[[Collection[int], Mapping[Pool, int]], Mapping[Pool, MemoryNow]]
+"""What models may take of each pool now (`available_bytes`), those included that run below these process ids;
+second what those of them that serve were given, in bytes. Blocks: for a thread."""
 
 
 def _supervision(plan: Plan) -> SupervisionPolicy:
-    return SupervisionPolicy(start_limit_seconds=plan.spec.start_limit_seconds)
+    limit = plan.spec.start_limit_seconds
+    usual = SupervisionPolicy(start_limit_seconds=limit)
+    # A load that hangs to its limit each time must come to an end, too.
+    window = usual.fault_window_seconds + usual.faults_to_fail * limit
+    return replace(usual, fault_window_seconds=window)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,9 +118,11 @@ class _Model:
     starting_since: float | None = None
     load_seconds: float | None = None
     at_start: bool = False
-    """It is loaded because the agent starts, and has not been ready yet."""
+    """It is loaded because the agent starts, and has not been ready yet, or has lost its memory since."""
     again_at: float | None = None
     """When it is to be wished for again."""
+    given_up: str = ""
+    """It leaves since it could not be loaded and another model is wanted: what went wrong."""
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     retired: bool = False
     """It was offered once, and is no longer."""
@@ -183,7 +189,7 @@ class Residents:
     def _retire(self, model: _Model) -> None:
         """Nobody may ask for it any more; it is forgotten once it works for nobody."""
         model.retired = True
-        self._turn_away(model, lambda: Refused(404, "model_not_found", f"{model.name} is no longer here"))
+        self._turn_away(model, lambda: _no_longer_here(model.name))
         if not self._residency.is_idle(model.name):
             return
         if model.resident is not None:
@@ -279,7 +285,7 @@ class Residents:
             self._residency.forgive(model.name)
             return None
         if model.engine is not None and model.engine.state in (State.RESTING, State.ENDING, State.FAILED):
-            raise _not_ready(model.engine.state.reported, model.engine.detail)
+            raise self._down(model)
         resident = model.resident
         if phase is not Phase.READY or resident is None or resident.serving is None:
             return None
@@ -317,9 +323,13 @@ class Residents:
         try:
             async with asyncio.timeout(wait_seconds):
                 resident = await waiter
+            if resident.serving is None:
+                raise self._down(model)  # since the very moment in which it was let in
             entered = True
             return resident
         except TimeoutError:
+            if self._models.get(model.name) is not model:
+                raise _no_longer_here(model.name) from None
             self._residency.promise(model.name, _now())
             raise self._loading(model) from None
         finally:
@@ -358,6 +368,11 @@ class Residents:
             if not waiter.done():
                 waiter.set_exception(refused())
         model.line.clear()
+
+    def _down(self, model: _Model) -> Refused:
+        if model.engine is None:
+            return _not_ready(EngineState.STOPPING, "")
+        return _not_ready(model.engine.state.reported, model.engine.detail)
 
     @property
     def _taken(self) -> int:
@@ -507,6 +522,7 @@ class Residents:
         for model in self._models.values():
             if model.again_at is not None and model.again_at <= now:
                 model.again_at = None
+                self._residency.forgive(model.name)
                 self._residency.wish(model.name, now, lasting=True)
 
     def _unplanned(self) -> str | None:
@@ -524,12 +540,15 @@ class Residents:
     async def _prepare(self, names: Sequence[str]) -> None:
         """Measures memory, and plans these for it."""
         if _now() - self._measured_at > self._policy.same_memory_seconds:
-            pids = [engine.pid for engine in self._engines() if engine.pid is not None]
-            self._room = await asyncio.to_thread(self._measure, pids)
-            self._measured_at = _now()
+            await self._look_at_memory()
         for name in names:
             if (model := self._models.get(name)) is not None:
                 await self._plan(model)
+
+    async def _look_at_memory(self) -> None:
+        pids = [engine.pid for engine in self._engines() if engine.pid is not None]
+        self._room = await asyncio.to_thread(self._measure, pids, self._residency.serving_bytes())
+        self._measured_at = _now()
 
     async def _plan(self, model: _Model) -> None:
         plan, fault, code = model.plan, model.fault, model.fault_code
@@ -580,8 +599,10 @@ class Residents:
         match command:
             case Load():
                 self._load(model)
-            case Unload():
+            case Unload(_, given_up):
                 _LOG.info("unloading %s", model.name)
+                if given_up and model.engine is not None:
+                    model.given_up = f"{model.engine.reason}; others are wanted, so it rests for a while"
                 model.leave.set()
             case Refuse(_, why):
                 self._cannot(model, why, "model_does_not_fit", _now() + self._policy.told_failed_seconds)
@@ -603,36 +624,68 @@ class Residents:
         assert self._tasks is not None, "models are loaded only within `running_engines`"
         need = "not known" if plan.need is None else f"{plan.need.total_bytes / _GIB:.1f} GiB"
         _LOG.info("loading %s with %s; it needs %s", model.name, plan.spec.name, need)
-        model.fault, model.fault_ends = "", -math.inf
+        model.fault, model.fault_ends, model.given_up = "", -math.inf, ""
         model.leave, model.gone = asyncio.Event(), asyncio.Event()
-        model.engine = SupervisedEngine(
-            plan, self._policy.supervision(plan), lambda: self._engine_changed(model)
+        engine = model.engine = SupervisedEngine(
+            plan,
+            self._policy.supervision(plan),
+            lambda: self._engine_changed(model, engine),
+            lambda: self._insist_on_memory(model, engine),
         )
-        model.resident = Resident(
-            model.engine, self._changes, self._policy.watch, self._policy.connect_seconds
-        )
-        task = self._tasks.create_task(self._live(model, model.engine, model.resident))
+        model.resident = Resident(engine, self._changes, self._policy.watch, self._policy.connect_seconds)
+        task = self._tasks.create_task(self._live(model, engine, model.resident, model.leave, model.gone))
         self._living.add(task)
         task.add_done_callback(self._living.discard)
 
-    async def _live(self, model: _Model, engine: SupervisedEngine, resident: Resident) -> None:
+    async def _live(
+        self,
+        model: _Model,
+        engine: SupervisedEngine,
+        resident: Resident,
+        leave: asyncio.Event,
+        gone: asyncio.Event,
+    ) -> None:
         """One stay of a model in memory."""
         try:
             async with engine.supervised(), resident.attended():
                 engine.want()
-                await model.leave.wait()
+                await leave.wait()
                 engine.unwant()
                 await engine.stopped()
         finally:
-            model.engine = model.resident = model.starting_since = None
-            self._residency.gone(model.name)
-            model.gone.set()
+            if model.engine is engine:  # else it failed, and is being loaded again already
+                model.engine = model.resident = model.starting_since = None
+                if model.given_up:
+                    self._rest(model, model.given_up, self._policy.failed_rest_seconds)
+                self._residency.gone(model.name)
+            gone.set()
             self._changes.announce()
             self._look_again()
 
-    def _engine_changed(self, model: _Model) -> None:
-        engine = model.engine
-        assert engine is not None
+    def _rest(self, model: _Model, why: str, seconds: float) -> None:
+        """It is not loaded for so long; no process is left of it, so that it holds no memory."""
+        model.fault, model.fault_ends = why, _now() + seconds
+        self._residency.failed(model.name)
+        if model.at_start and seconds < math.inf:
+            model.again_at = model.fault_ends
+
+    async def _insist_on_memory(self, model: _Model, engine: SupervisedEngine) -> None:
+        """Before an engine that died is started again: somebody else may have taken what it had."""
+        await self._look_at_memory()
+        if model.engine is not engine or model.leave.is_set():
+            return
+        why = self._residency.why_not_again(model.name, self._budget())
+        if why is None:
+            return
+        self._residency.dismiss(model.name)
+        model.at_start = model.at_start or model.offer.preload
+        self._cannot(model, why, "model_does_not_fit", _now() + self._policy.told_failed_seconds)
+        model.leave.set()
+        engine.unwant()
+
+    def _engine_changed(self, model: _Model, engine: SupervisedEngine) -> None:
+        if model.engine is not engine:
+            return
         match engine.state:
             case State.STARTING:
                 model.starting_since = _now()
@@ -644,12 +697,11 @@ class Residents:
                 self._residency.loaded(model.name, _now())
             case State.RESTING | State.ENDING:
                 model.starting_since = None
-                self._turn_away(model, lambda: _not_ready(engine.state.reported, engine.detail))
+                self._residency.stumbled(model.name)
+                self._turn_away(model, lambda: self._down(model))
             case State.FAILED:
-                # No process is left of it, so that it holds no memory; why it failed is kept for people.
                 rest = math.inf if model.at_start or model.offer.preload else self._policy.failed_rest_seconds
-                model.fault, model.fault_ends = engine.detail, _now() + rest
-                self._residency.failed(model.name)
+                self._rest(model, engine.detail, rest)
                 self._turn_away(model, lambda: _not_ready(EngineState.FAILED, model.fault))
                 model.leave.set()
             case _:
@@ -729,6 +781,10 @@ class Residents:
 
 def _not_ready(state: EngineState, detail: str) -> Refused:
     return Refused(503, "engine_not_ready", f"the engine is {state}. {detail}".strip(), retry_after=2)
+
+
+def _no_longer_here(name: str) -> Refused:
+    return Refused(404, "model_not_found", f"{name} is no longer here")
 
 
 def _refused_by(fault: Fault) -> Refused:

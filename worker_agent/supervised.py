@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import secrets
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -41,11 +41,20 @@ class Serving:
 class SupervisedEngine:
     """Starts, watches, restarts and stops one engine."""
 
-    def __init__(self, plan: Plan, policy: SupervisionPolicy, on_change: Callable[[], None]) -> None:
-        """`on_change` is called after each change of `state`; it must not raise or block."""
+    def __init__(
+        self,
+        plan: Plan,
+        policy: SupervisionPolicy,
+        on_change: Callable[[], None],
+        before_restart: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """`on_change` is called after each change of `state`; it must not raise or block. `before_restart` is
+        awaited before each start but the first; it may call `unwant`, and nothing is started."""
         self.plan = plan
         self._policy = policy
         self._on_change = on_change
+        self._before_restart = before_restart
+        self._was_started = False
         self._life = Life()
         self._tasks: asyncio.TaskGroup | None = None
         self._running: set[asyncio.Task[None]] = set()
@@ -73,6 +82,11 @@ class SupervisedEngine:
     def pid(self) -> int | None:
         """Of the process whose descendants the engine is; None: there is none."""
         return None if self._process is None else self._process.pid
+
+    @property
+    def reason(self) -> str:
+        """Why it went down last, for people; empty: it has not."""
+        return self._reason
 
     @property
     def detail(self) -> str:
@@ -208,17 +222,23 @@ class SupervisedEngine:
     async def _live(self) -> None:
         """One start: from spawn to the end of the process."""
         spec = self.plan.spec
-        port = readiness.free_port()
-        launch = self.plan.launch(port)
-        address = Address(port=port, secret=secrets.token_hex(16) if spec.secret_variable else None)
-        environment = {
-            **allowed_environment(os.environ, fetches=not launch.local),
-            **spec.environment(launch),
-            **self.plan.environment,
-        }
-        if spec.secret_variable is not None and address.secret is not None:
-            environment[spec.secret_variable] = address.secret
+        if self._was_started and self._before_restart is not None:
+            await self._before_restart()
+        if self._ending is not None:
+            self._tell(Event.EXITED)
+            return
+        self._was_started = True
         try:
+            port = readiness.free_port()
+            launch = self.plan.launch(port)
+            address = Address(port=port, secret=secrets.token_hex(16) if spec.secret_variable else None)
+            environment = {
+                **allowed_environment(os.environ, fetches=not launch.local),
+                **spec.environment(launch),
+                **self.plan.environment,
+            }
+            if spec.secret_variable is not None and address.secret is not None:
+                environment[spec.secret_variable] = address.secret
             async with running(spec.argv(launch), environment, self._logger_of_one_start()) as self._process:
                 self._end()  # somebody may have changed their mind while it was spawned
                 async with asyncio.TaskGroup() as tasks:

@@ -1,14 +1,12 @@
-"""Engines that are too large to be dependencies of this project, each in an environment of its own.
-
-Left out unless asked for by mark (`-m vllm`), and skipped, with what to type, where the environment is not
-told.
-"""
+"""Real engines. Those that are too large to be dependencies of this project have environments of their own:
+they are left out unless asked for by mark (`-m vllm`), and skipped, with the reason, where there is none."""
 
 from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -20,28 +18,18 @@ from tests.e2e.conftest import open_room
 __all__ = ["open_room"]
 
 CHECKOUT = Path(__file__).parents[2]
+ASKED_FOR = frozenset({"vllm", "mlx", "llama_server", "llama_cpp_python"})
+"""Marks of engines from environments of their own."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Minutes of starting, gigabytes of memory: only for those who name a mark."""
     if config.option.markexpr:
         return
-    here = Path(__file__).parent
-    left_out = [item for item in items if here in item.path.parents]
+    left_out = [item for item in items if any(mark.name in ASKED_FOR for mark in item.iter_markers())]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
-
-
-def told(variable: str, how: str) -> Path:
-    """The path in this variable of the environment; skips the test, and says how, where there is none."""
-    value = os.environ.get(variable)
-    if not value:
-        pytest.skip(f"{variable} is not set. {how}")
-    path = Path(value).expanduser()
-    if not path.exists():
-        pytest.fail(f"{variable} names {path}, which does not exist. {how}")
-    return path.absolute()
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -51,11 +39,17 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def start_agent(
-    python: Path, engine: str, model: Path, data_dir: Path, variables: dict[str, str], more: Sequence[str]
+    python: Path,
+    engine: str,
+    model: Path | None,
+    data_dir: Path,
+    variables: Mapping[str, str],
+    more: Sequence[str],
 ) -> RunningAgent:
     """`worker-agent run` by the Python that has the engine, as a user's environment has both."""
     command = [
-        *(str(python), "-m", "worker_agent", "run", "--engine", engine, "--model", str(model)),
+        *(str(python), "-m", "worker_agent", "run", "--engine", engine),
+        *(() if model is None else ("--model", str(model))),
         *("--host", "127.0.0.1", "--port", "0", "--no-mdns", "--data-dir", str(data_dir)),
         *("--log-level", "debug", *more),
     ]
@@ -66,8 +60,17 @@ def start_agent(
     )
 
 
+def engines_of(agent: RunningAgent) -> list[psutil.Process]:
+    """The first process of each engine, which is the leader of its group: agent, guard, engine."""
+    found = []
+    for helper in psutil.Process(agent.process.pid).children():
+        with suppress(psutil.NoSuchProcess):
+            if any(word.endswith("guard.py") for word in helper.cmdline()):
+                found += helper.children()
+    return found
+
+
 def engine_of(agent: RunningAgent) -> psutil.Process:
-    """The engine's first process, which is the leader of its group: agent, guard, engine."""
-    [guard] = psutil.Process(agent.process.pid).children()
-    [engine] = guard.children()
+    """The first process of the only one."""
+    [engine] = engines_of(agent)
     return engine

@@ -22,6 +22,7 @@ from worker_agent.models.local import Format, LocalModel
 EMBEDDED_NAME = "smollm2-135m-instruct"
 _GIB = 2**30
 _GGUF = ".gguf"
+_LONGEST_NAME = 128
 
 _MLX_MODELS = (
     (80, "mlx-community/Qwen2.5-72B-Instruct-4bit"),
@@ -302,4 +303,10 @@ def _name(wish: Wish) -> str:
     if wish.model is None:
         return EMBEDDED_NAME
     last = wish.model.rstrip("/").rpartition("/")[2]
-    return last[: -len(_GGUF)] if _is_gguf(wish.model) else last
+    return _as_word(last[: -len(_GGUF)] if _is_gguf(wish.model) else last)
+
+
+def _as_word(name: str) -> str:
+    """A file may be called what no report can tell (`wire.Word`), and `.` is no name to ask for."""
+    printable = "".join(character if character.isprintable() else "_" for character in name)
+    return printable[:_LONGEST_NAME] if printable.strip(". ") else "model"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
+import json
 import os
 import random
 import shutil
@@ -327,7 +328,7 @@ class _Fetching:
         if why := refused_config(file.name, content):
             raise Refused(f"{self._repo}: {why}")
         formats = self._order.formats
-        if file.name == "config.json" and is_mlx(orjson.loads(content)) and Format.MLX not in formats:
+        if file.name == "config.json" and is_mlx(json.loads(content)) and Format.MLX not in formats:
             raise Refused(
                 f"{self._repo} is quantised for MLX, and the engines here read {' or '.join(formats)}:"
                 " choose a repository of those"

@@ -26,6 +26,7 @@ MOST_TOLD = 16
 """Of `wire.Report`."""
 _PACE_SECONDS = 10.0
 _LONGEST_DETAIL = 400
+_MOST_BYTES = 2**53
 _GIB = 2**30
 
 log = logging.getLogger(__name__)
@@ -116,9 +117,9 @@ class _Job:
             return
         if not isinstance(said, dict):
             return
-        if isinstance(total := said.get("total"), int):
+        if (total := _count(said.get("total"))) is not None:
             self.total_bytes = total
-        if isinstance(done := said.get("done"), int):
+        if (done := _count(said.get("done"))) is not None:
             self._came(done, now)
         if said.get("verifying") is True:
             self.state = DownloadState.VERIFYING
@@ -160,6 +161,12 @@ class _Job:
         if until <= since or last <= first:
             return None
         return min((self.total_bytes - last) * (until - since) / (last - first), 1e6)
+
+
+def _count(value: object) -> int | None:
+    """Bytes, as a report may hold them; None: it is none, or a hub claims more than there is."""
+    is_one = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_BYTES
+    return int(value) if is_one else None  # type: ignore[call-overload]
 
 
 def _printable(sentence: str) -> str:
