@@ -268,11 +268,16 @@ async def running(settings: Settings, sockets: Sequence[socket.socket] = ()) -> 
         upstream = await stack.enter_async_context(
             Upstream(TimeoutPolicy(settings.connect_timeout, settings.read_timeout))
         )
-        headers: dict[WorkerId, Mapping[str, str]] = {}
+        listed: dict[WorkerId, Entry] = {}
         nothing: Mapping[str, str] = {}
 
         def headers_for(worker: Worker) -> Mapping[str, str]:
-            return headers.get(worker.id, nothing)
+            """Only where they are meant for: a request that was given to a worker before it moved would take
+            its new key to its old address."""
+            entry = listed.get(worker.id)
+            if entry is None or (entry.worker.url, entry.worker.ca_file) != (worker.url, worker.ca_file):
+                return nothing
+            return entry.headers
 
         relay = Relay(upstream, clock, headers_for)
         dispatcher = Dispatcher(_dispatch_policy(settings), chance, started=clock())
@@ -300,8 +305,8 @@ async def running(settings: Settings, sockets: Sequence[socket.socket] = ()) -> 
         roster = Roster(tell=told, watches=watches, clock=clock)
 
         def put_room(entries: Sequence[Entry]) -> None:
-            headers.clear()
-            headers.update((entry.worker.id, entry.headers) for entry in entries)
+            listed.clear()
+            listed.update((entry.worker.id, entry) for entry in entries)
             roster.static(entries)
 
         put_room(settings.room)

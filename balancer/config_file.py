@@ -139,6 +139,12 @@ class SecretReference(_Strict):
 
     @model_validator(mode="after")
     def _one_of_two(self) -> SecretReference:
+        if self.env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.env):
+            raise _Misnamed(
+                "this is no name of a variable: expected one like OPENAI_API_KEY, never the key itself",
+                "env",
+                key=False,
+            )
         if (self.env is None) == (self.file is None):
             raise ValueError('api_key takes exactly one of {"env": "NAME"} and {"file": "PATH"}')
         return self
@@ -159,7 +165,7 @@ class Location(NamedTuple):
 
 
 _URL = re.compile(
-    r"(?P<scheme>https?)://(?P<host>\[[^\]/]+\]|[^:/\[\]]+)(:(?P<port>\d{1,5}))?(?P<path>(/[A-Za-z0-9._~-]+)*)/?"
+    r"(?P<scheme>https?)://(?P<host>\[[^\]/@]+\]|[^:/\[\]@]+)(:(?P<port>\d{1,5}))?(?P<path>(/[A-Za-z0-9._~-]+)*)/?"
 )
 
 
@@ -949,6 +955,8 @@ def _sentence(details: ErrorDetails, root: _Node) -> _Complaint:
     place = _find(root, loc, key=details["type"] == "extra_forbidden")
     subject = _subject(loc)
     match details["type"]:
+        case "extra_forbidden" if "api_key" in loc:  # a key that was put in the wrong place is not shown
+            return place, "unknown key: expected one of env, file"
         case "extra_forbidden":
             known = list(_schema_at(loc[:-1]).get("properties", {}))
             return place, f"unknown key {_shown(loc[-1])}{_did_you_mean(str(loc[-1]), known)}"
@@ -959,6 +967,9 @@ def _sentence(details: ErrorDetails, root: _Node) -> _Complaint:
             if isinstance(error, _Misnamed):
                 place = _find(root, (*loc, *error.within), key=error.key)
             return place, str(error)
+    if loc[-1:] == ("url",) or loc[-1:] == ("host",) or "api_key" in loc:
+        shown = _shown_kind(details["input"])
+        return place, f"{subject} is {shown}: expected {expected(loc)}"
     choices = _schema_at(loc).get("enum", [])
     hint = _did_you_mean(str(details["input"]), choices, listed=False)
     return place, f"{subject} is {_shown(details['input'])}: expected {expected(loc)}{hint}"
@@ -1126,6 +1137,8 @@ def _bare_host(value: str) -> str:
         raise ValueError(
             f"{_shown(_harmless(value))} is an address with a scheme, expected the host alone{advice}{tls}"
         )
+    if "@" in value:
+        raise ValueError(f"expected the host alone, without a user: {_shown(value.rpartition('@')[2])}")
     bare = value[1:-1] if value.startswith("[") and value.endswith("]") else value
     if _is_ipv6(bare):
         return bare
@@ -1165,6 +1178,11 @@ def _shown(value: object) -> str:
         case _:
             text = json.dumps(value, default=str)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _shown_kind(value: object) -> str:
+    """The same of what may be a secret, or hold one: what it is, and not what it says."""
+    return f"a text of {len(value)} characters" if isinstance(value, str) else _shown(value)
 
 
 def _shown_token(token: Token) -> str:

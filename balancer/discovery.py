@@ -147,6 +147,13 @@ class Roster:
         listed = {
             worker_id: entry for worker_id, entry in self._listed.items() if worker_id not in self._banned
         }
+        # Who comes before who goes: a room that is empty for a moment turns away those who wait.
+        for worker_id, entry in listed.items():
+            known = self._members.get(worker_id)
+            if known is not None and known.worker == entry.worker and known.headers == entry.headers:
+                known.source, known.urls = _Source.STATIC, (entry.worker.url,)
+            else:
+                self._put(entry.worker, entry.headers, _Source.STATIC, (entry.worker.url,))
         urls = {entry.worker.url for entry in listed.values()}
         for worker_id, member in list(self._members.items()):
             if worker_id in listed:
@@ -156,12 +163,6 @@ class Roster:
                     worker_id,
                     "it is no longer listed" if member.source is _Source.STATIC else "the config has it",
                 )
-        for worker_id, entry in listed.items():
-            known = self._members.get(worker_id)
-            if known is not None and known.worker == entry.worker and known.headers == entry.headers:
-                known.source, known.urls = _Source.STATIC, (entry.worker.url,)
-            else:
-                self._put(entry.worker, entry.headers, _Source.STATIC, (entry.worker.url,))
 
     def joined(self, join: wire.Join, address: str) -> None:
         """An agent asked from `address` to be watched.

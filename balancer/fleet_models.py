@@ -555,7 +555,8 @@ class _Agent:
         status, said = await self._http.ask(worker, "POST", path, body, proof)
         if status >= 300:
             raise self._turned_away(status, said)
-        return Outcome(worker=worker.id, status=status, detail=_DONE[action, status == 202])
+        begun = status == 202  # of others that would do, each means something else in an answer of ours
+        return Outcome(worker=worker.id, status=202 if begun else 200, detail=_DONE[action, begun])
 
     async def _challenge(self, worker: Worker) -> str:
         status, body = await self._http.ask(worker, "POST", wire.CHALLENGE_PATH, b"{}")

@@ -276,8 +276,14 @@ class _Client:
 
 
 def _headers(request: web.Request) -> Mapping[str, str]:
-    """By names in lower case; of one that came twice, the last."""
-    return {name.lower(): value for name, value in request.headers.items()}
+    """By names in lower case. One that came twice holds all that was said, with commas between (RFC 9110,
+    5.3): which of two that contradict each other counts is not ours to choose."""
+    headers: dict[str, str] = {}
+    for name, value in request.headers.items():
+        key = name.lower()
+        said = headers.get(key)
+        headers[key] = value if said is None or said == value else f"{said}, {value}"
+    return headers
 
 
 def _as_refusal(request: web.Request, error: Exception) -> RequestError:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -68,6 +69,9 @@ LONGEST_HOLD_SECONDS = 60.0
 PROBE_SECONDS = 30.0
 """A worker that needs longer for a word is not well."""
 
+ERROR_BODY_SECONDS = 5.0
+"""For what a worker says beside the status of an error; then the status alone counts."""
+
 KNOCK_SECONDS = 0.2
 """In which a machine says that nobody takes connections there, after one broke; the retry waits for it."""
 
@@ -88,6 +92,14 @@ _OVERLOADED = frozenset({"overloaded_error", "rate_limit_error"})
 """Errors of a remote API, within an answer, that say that it has no room."""
 _WITHOUT_CREDIT = frozenset({"insufficient_quota", "billing_hard_limit_reached"})
 """Said with a status that is for too many requests, and not over in a moment."""
+_KEY_IS_WRONG = re.compile(
+    r"(?:incorrect|invalid|missing|expired) api[ _-]?key|api[ _-]?key (?:not|is|has)\b", re.I
+)
+"""How a message begins where an API says so with the status of a wrong request (xAI's, Google's)."""
+_CODE = re.compile(r"[\w.:\[\]-]{1,64}", re.ASCII)
+"""What a worker's code for an error may be: it reaches logs and metrics."""
+_LEAST_KEY_CHARACTERS = 8
+"""Shorter ones are not looked for in a worker's words: they hold such letters anyway."""
 
 
 class Delivery(Protocol):
@@ -159,6 +171,8 @@ class Failed(Exception):
         self.progress: float | None = None
         self.eta_seconds: float | None = None
         """Of a model that is being loaded."""
+        self.is_of_key = False
+        """The worker does not take who asks: what it says of that may show a part of the key."""
 
 
 @dataclass(slots=True)
@@ -245,8 +259,8 @@ class Relay:
             return Outcome(
                 cause=cause,
                 detail=failed.detail,
-                rejected=failed.rejected,
-                words="" if kind.is_remote else failed.words,
+                rejected=self._without_key(worker, failed.rejected),
+                words="" if kind.is_remote else self._words_of(worker, failed),
                 hold_seconds=failed.hold_seconds,
                 loading=Loading(worker.id, failed.progress, failed.eta_seconds)
                 if cause is Cause.LOADING
@@ -255,6 +269,26 @@ class Relay:
                 told=kind.is_agent,
             )
         return Outcome(cause=None, answer=answer)
+
+    def _words_of(self, worker: Worker, failed: Failed) -> str:
+        if failed.is_of_key and self._headers(worker):
+            return ""
+        return self._hidden(worker, failed.words) or ""
+
+    def _without_key(self, worker: Worker, rejected: Rejected | None) -> Rejected | None:
+        if rejected is None:
+            return None
+        message = self._hidden(worker, rejected.message) or ""
+        code, param = self._hidden(worker, rejected.code), self._hidden(worker, rejected.param)
+        return Rejected(rejected.status, message, code=code, param=param)
+
+    def _hidden(self, worker: Worker, text: str | None) -> str | None:
+        """Without the worker's own key: some say what they were sent."""
+        for value in self._headers(worker).values():
+            key = value.rpartition(" ")[2]
+            if text and len(key) >= _LEAST_KEY_CHARACTERS:
+                text = text.replace(key, "***")
+        return text
 
     async def probe(self, probe: Probe) -> Ended:
         """Have a worker generate something that nobody asked for; says how it went."""
@@ -383,13 +417,14 @@ async def _translated(
     model: ModelName,
     streams: bool,
 ) -> bytes:
-    """The body for another API. Raises `Failed` for a request that cannot be asked there."""
+    """The body for another API. Raises `Failed` for a request that cannot be asked there: as with what a
+    worker cannot go on with, another one may be able to; if none is, its client is told."""
     try:
         if len(request.body) > LARGE_BODY_BYTES:
             return await asyncio.to_thread(body, worker, request, model, streams)
         return body(worker, request, model, streams)
     except BadRequest as error:
-        failed = Failed(Cause.REJECTED, "it cannot be asked that")
+        failed = Failed(Cause.CANNOT_CONTINUE, "it cannot be asked that")
         failed.rejected = Rejected(error.status, error.message, code=error.code, param=error.param)
         raise failed from error
 
@@ -442,7 +477,7 @@ class _InOnePiece:
         if self._to_stream:
             raise AnswerError("it was asked for a stream and answered in one piece")
         self._progress.tokens = self._progress.usage.output_tokens or 0
-        return orjson.dumps(answer)
+        return _written(answer)
 
 
 class _Assembled:
@@ -471,7 +506,7 @@ class _Assembled:
     def result(self) -> bytes | None:
         self._add(self._frames.end())
         _insist_on_end(self.reader)
-        return orjson.dumps(self._assembly.result())
+        return _written(self._assembly.result())
 
 
 class _HandedOn:
@@ -545,6 +580,13 @@ class _Translated:
         return self._taker.result()
 
 
+def _written(answer: object) -> bytes:
+    try:
+        return orjson.dumps(answer)
+    except orjson.JSONEncodeError:  # it reads deeper than it writes
+        raise AnswerError("its answer is nested too deeply") from None
+
+
 def _insist_on_end(reader: StreamReader) -> None:
     """Raises `Failed` where an answer ended without its protocol's end: a closed connection is none (D1)."""
     if not reader.is_whole:
@@ -601,6 +643,8 @@ class _Listener:
 
     def head(self, head: Head) -> None:
         translated = self._kind.translated_events
+        if head.status != 200:
+            self._patience = self._loop.call_later(ERROR_BODY_SECONDS, self.end)
         if head.status != 200 or not self._streams or head.content_type != "text/event-stream":
             to_stream = self._stream is not None
             self._taker = _InOnePiece(head, self._request, self._progress, self._kind, to_stream=to_stream)
@@ -619,7 +663,11 @@ class _Listener:
         try:
             if taker.take(data):
                 self._finish(taker)
-            elif taker.reader is not None and taker.reader.begun:
+            elif taker.reader is None:
+                self._heard = self._clock()
+                if self._patience is None:
+                    self._watch()
+            elif taker.reader.begun:
                 self._heard_of(taker.reader)
         except Exception as error:
             self._fail(_as_failure(error))
@@ -747,22 +795,31 @@ def _complaint(head: Head, body: bytes, kind: WorkerType) -> Failed:
     if head.status in (400, 413, 422):
         return _rejected(head.status, detail, complaint)
     # 401, 403 and 404 too: the worker's key or model is not as configured, which is not the client's doing.
-    return Failed(Cause.ERRED, detail, complaint.message)
+    failed = Failed(Cause.ERRED, detail, complaint.message)
+    failed.is_of_key = head.status in (401, 403)
+    return failed
 
 
 def _rejected(status: int, detail: str, complaint: WorkerComplaint) -> Failed:
     failed = Failed(Cause.REJECTED, detail, complaint.message)
-    failed.rejected = Rejected(status, complaint.message, code=complaint.code, param=complaint.param)
+    failed.rejected = Rejected(
+        status, complaint.message, code=_plain(complaint.code), param=_plain(complaint.param)
+    )
     return failed
+
+
+def _plain(word: str | None) -> str | None:
+    return word if word is not None and _CODE.fullmatch(word) else None
 
 
 def _remote_complaint(head: Head, complaint: WorkerComplaint) -> Failed:
     """The same of an API that others run."""
     detail = f"it answered with status {head.status}"
-    if head.status in (400, 413, 422):
+    is_of_key = complaint.code == "invalid_api_key" or _KEY_IS_WRONG.match(complaint.message) is not None
+    if head.status in (400, 413, 422) and not is_of_key:
         return _rejected(head.status, detail, complaint)
     # No other words of it: they tell of the account, and some show a part of the key.
-    if head.status in (401, 402):
+    if head.status in (401, 402) or is_of_key:
         return Failed(Cause.ERRED, f'{detail}: check its "api_key", and its account')
     if head.status in (429, 503, 529):
         failed = Failed(Cause.BUSY, detail)

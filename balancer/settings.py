@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import ssl
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,6 +41,11 @@ UNPREFIXED = frozenset(
 """Settings whose variable is their own name in capitals; that of any other has `PREFIX` before it."""
 
 MAX_SECRET_BYTES = 8192
+
+_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,63}")
+_LIKE_A_KEY = re.compile(r"[A-Za-z0-9_+=-]{20,}")
+"""What is no plain name of a variable, or looks like this where a file should be, may be a key that was put
+in the wrong place: it is not shown."""
 
 
 class SettingsError(Exception):
@@ -115,9 +121,9 @@ def load(config: Path | None, flags: Mapping[str, object]) -> Settings:
             f"{variable('scorer_weights')} is not JSON: expected {expected(('scorer_weights',))}"
         ) from error
     folder = Path() if config is None else config.parent
-    settings._room = _entries(settings.workers, folder)
     settings._admin_key = _own_key("admin_key", settings.admin_key_file)
     settings._cluster_key = _own_key("cluster_key", settings.cluster_key_file)
+    settings._room = _entries(settings.workers, folder)
     settings._config, settings._flags = config, given
     return settings
 
@@ -196,7 +202,7 @@ def _own_key(name: str, file: str | None) -> str | None:
 def _entries(workers: tuple[WorkerEntry, ...], folder: Path) -> tuple[Entry, ...]:
     """Raises `SettingsError` with a line for each key and each CA that cannot be had."""
     entries, lines = [], []
-    trust.read_again()
+    trusted: dict[str | None, ssl.SSLContext] = {}
     for entry in workers:
         headers: Mapping[str, str] = {}
         worker = entry.worker()
@@ -209,25 +215,30 @@ def _entries(workers: tuple[WorkerEntry, ...], folder: Path) -> tuple[Entry, ...
             path = folder / Path(entry.ca_file).expanduser()
             worker = dataclasses.replace(worker, ca_file=str(path))
             try:
-                trust.context(str(path))
+                trusted[str(path)] = trust.read(str(path))
             except OSError as error:
                 why = "it holds no certificate" if isinstance(error, ssl.SSLError) else error.strerror
                 lines.append(f'the ca_file of worker "{entry.effective_id}", {path}, cannot be used: {why}')
+        elif worker.url.startswith("https:") and None not in trusted:
+            trusted[None] = trust.read()
         entries.append(Entry(worker, headers))
     if lines:
         raise SettingsError("\n".join(lines))
+    trust.replace(trusted)  # only now: settings that cannot be used leave those before as they were
     return tuple(entries)
 
 
 def _secret(reference: SecretReference, folder: Path) -> str:
     if reference.env is not None:
-        where = f"comes from the environment variable {reference.env}, which"
+        named = f" {reference.env}" if _VARIABLE.fullmatch(reference.env) else ' that "env" names'
+        where = f"comes from the environment variable{named}, which"
         secret = os.environ.get(reference.env, "").strip()
         if not secret:
             raise SettingsError(f"{where} is not set, or empty")
     else:
         path = folder / Path(reference.file or "").expanduser()
-        where = f"comes from the file {path}, which"
+        named = ' that it names as "file"' if _LIKE_A_KEY.fullmatch(reference.file or "") else f" {path}"
+        where = f"comes from the file{named}, which"
         try:
             with path.open("rb") as file:
                 data = file.read(MAX_SECRET_BYTES + 1)

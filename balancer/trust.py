@@ -6,8 +6,8 @@ off: a worker with a certificate of a private CA, or one of its own making, is g
 
 from __future__ import annotations
 
-import functools
 import ssl
+from collections.abc import Mapping
 
 _UNKNOWN_ISSUER = frozenset({2, 18, 19, 20, 21})
 _NOT_YET_VALID = 9
@@ -20,18 +20,29 @@ _NO_TLS = frozenset(
 )
 
 
-@functools.lru_cache(maxsize=64)
+_in_use: dict[str | None, ssl.SSLContext] = {}
+
+
 def context(ca_file: str | None = None) -> ssl.SSLContext:
     """One for all connections that trust the same: the certificates in this file and no other ones, or, for
     None, what the system trusts. Raises `OSError` for a file that cannot be read or holds none."""
+    known = _in_use.get(ca_file)
+    if known is None:
+        known = _in_use[ca_file] = read(ca_file)
+    return known
+
+
+def read(ca_file: str | None = None) -> ssl.SSLContext:
+    """The same as the file is now; what is in use stays. Blocking, and raises as `context` does."""
     made = ssl.create_default_context(cafile=ca_file)
     made.set_alpn_protocols(["http/1.1"])
     return made
 
 
-def read_again() -> None:
-    """Certificates may have been renewed: the files are read anew for the next connections."""
-    context.cache_clear()
+def replace(contexts: Mapping[str | None, ssl.SSLContext]) -> None:
+    """Certificates may have been renewed: these hold for the next connections, in place of all before."""
+    global _in_use
+    _in_use = dict(contexts)
 
 
 def complaint(error: ssl.SSLError) -> str:

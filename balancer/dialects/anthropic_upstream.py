@@ -363,7 +363,7 @@ class Events:
             call = {"index": block.call, **_call(told, "")}
             yield self._chunk({"tool_calls": [call]})
             if told.get("input"):  # here it is empty, as a rule, and comes piece by piece
-                yield from self._argued(block, orjson.dumps(told["input"]).decode())
+                yield from self._argued(block, _written(told["input"]))
         elif told.get("type") == "text" and isinstance(text := told.get("text"), str) and text:
             yield self._chunk({"content": text})
 
@@ -398,8 +398,7 @@ class Events:
 
     def _note_usage(self, told: Any) -> None:
         """Counts are of the answer as a whole each time; those that are told later count."""
-        if isinstance(told, dict):
-            self._usage |= {name: told[name] for name in _COUNTS if isinstance(told.get(name), int)}
+        self._usage |= _counted(told)
 
     def _chunk(self, delta: Json, finish_reason: str | None = None) -> bytes:
         if not self._head:
@@ -433,7 +432,7 @@ class Whole:
         blocks = [block for block in blocks if isinstance(block, dict)]
         texts = [block["text"] for block in blocks if isinstance(block.get("text"), str)]
         calls = [
-            _call(block, orjson.dumps(block.get("input") or {}).decode())
+            _call(block, _written(block.get("input") or {}))
             for block in blocks
             if block.get("type") == "tool_use"
         ]
@@ -446,17 +445,36 @@ class Whole:
             "message": said,
             "finish_reason": _FINISHED.get(reason, "stop") if isinstance(reason, str) else "stop",
         }
-        told = message.get("usage")
-        counts = told if isinstance(told, dict) else {}
         answer = {
             **_head(message, "chat.completion", self.created),
             "choices": [choice],
-            "usage": _usage({name: counts[name] for name in _COUNTS if isinstance(counts.get(name), int)}),
+            "usage": _usage(_counted(message.get("usage"))),
         }
         return orjson.dumps(answer)
 
 
 _COUNTS = ("input_tokens", "output_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
+
+
+_MOST_TOKENS = 10**9
+"""Of a count that is believed."""
+
+
+def _counted(told: Any) -> Json:
+    """Of what it tells, the counts that can be."""
+    counts = told if isinstance(told, dict) else {}
+    return {
+        name: count
+        for name in _COUNTS
+        if type(count := counts.get(name)) is int and 0 <= count <= _MOST_TOKENS
+    }
+
+
+def _written(arguments: Any) -> str:
+    try:
+        return orjson.dumps(arguments).decode()
+    except orjson.JSONEncodeError:  # it reads deeper than it writes
+        raise AnswerError("the arguments of a call are nested too deeply") from None
 
 
 def _usage(told: Json) -> Json:
