@@ -133,7 +133,7 @@ class Stock:
             known.report = report
 
     @property
-    def workers(self) -> Mapping[WorkerId, Worker]:
+    def workers(self) -> dict[WorkerId, Worker]:
         return {worker_id: known.worker for worker_id, known in self._known.items()}
 
     def answers(self, worker_id: WorkerId) -> bool:
@@ -376,11 +376,11 @@ class FleetModels:
             and one.state in (DownloadState.DOWNLOADING, DownloadState.VERIFYING)
             and worker in (None, worker_id)
         ]
-        if worker is not None:
-            self._worker(worker)
         if not under_way:
+            if worker is not None:
+                self._worker(worker)
             raise NotFound(f"No download of {model} is under way: GET /admin/models lists the downloads.")
-        workers = self.stock.workers
+        workers = self._ollama.pulling() | self.stock.workers  # the former may have left the room since
         return await self._all(
             Action.CANCEL,
             [
@@ -601,6 +601,7 @@ _DONE: Mapping[tuple[Action, bool], str] = {
 class _Pull:
     """One download at an Ollama."""
 
+    worker: Worker
     repo: str
     began: float
     state: DownloadState = DownloadState.DOWNLOADING
@@ -671,6 +672,9 @@ class _Ollama:
     def downloads(self) -> Iterable[tuple[WorkerId, Download]]:
         now = asyncio.get_running_loop().time()
         return [(worker, pull.told(now)) for (worker, _), (pull, _) in self._pulls.items()]
+
+    def pulling(self) -> dict[WorkerId, Worker]:
+        return {worker_id: pull.worker for (worker_id, _), (pull, _) in self._pulls.items()}
 
     async def perform(self, worker: Worker, action: Action, order: ModelOrder) -> Outcome:
         match action:
@@ -747,7 +751,7 @@ class _Ollama:
         known = self._pulls.get(key)
         if known is None or known[1].done():
             self._make_way()
-            pull = _Pull(repo, asyncio.get_running_loop().time())
+            pull = _Pull(worker, repo, asyncio.get_running_loop().time())
             # Kept in _pulls; aclose awaits it.
             task = asyncio.create_task(self._pulled(worker, pull), name=f"pull {repo}")  # noqa: TID251
             self._pulls.pop(key, None)

@@ -43,7 +43,7 @@ UNPREFIXED = frozenset(
 MAX_SECRET_BYTES = 8192
 
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,63}")
-_LIKE_A_KEY = re.compile(r"[A-Za-z0-9_+=-]{20,}")
+_LIKE_A_KEY = re.compile(r"(?=.*[0-9])(?=.*[A-Za-z])[A-Za-z0-9_+=-]{20,}")
 """What is no plain name of a variable, or looks like this where a file should be, may be a key that was put
 in the wrong place: it is not shown."""
 
@@ -237,8 +237,9 @@ def _secret(reference: SecretReference, folder: Path) -> str:
             raise SettingsError(f"{where} is not set, or empty")
     else:
         path = folder / Path(reference.file or "").expanduser()
-        named = ' that it names as "file"' if _LIKE_A_KEY.fullmatch(reference.file or "") else f" {path}"
-        where = f"comes from the file{named}, which"
+        hidden = _LIKE_A_KEY.fullmatch(path.name) is not None
+        named = "a file (its name looks like a key, and is not shown)" if hidden else f"the file {path}"
+        where = f"comes from {named}, which"
         try:
             with path.open("rb") as file:
                 data = file.read(MAX_SECRET_BYTES + 1)

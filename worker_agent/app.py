@@ -46,7 +46,7 @@ from worker_agent.models.downloads import (
     hub_endpoint,
     hub_token,
 )
-from worker_agent.models.local import LocalModel
+from worker_agent.models.local import Format, LocalModel
 from worker_agent.offers import Offer, without_model
 from worker_agent.orders import Orders
 from worker_agent.plans import Options, Plan, plan_for
@@ -203,7 +203,8 @@ async def _offers(settings: Settings, inspection: Inspection, catalog: Catalog) 
         try:
             model = await asyncio.to_thread(describe, options.path, name)
         except NotAModel as error:
-            given.append(without_model(name, str(error), preload=options.preload))
+            _LOG.warning("%s cannot be served yet: %s", name, error)
+            given.append(_once_it_is_there(settings, inspection, name, options.path, options))
         else:
             given.append(_offer(settings, inspection, model, options))
 
@@ -241,7 +242,27 @@ async def _main_offer(settings: Settings, inspection: Inspection, choice: Choice
 
 
 def _is_file(path: str) -> bool:
-    return Path(path).expanduser().is_file()
+    try:
+        return Path(path).expanduser().is_file()
+    except OSError as error:
+        raise NoChoice(f"{path} cannot be read: {error.strerror or type(error).__name__}") from None
+
+
+def _once_it_is_there(
+    settings: Settings, inspection: Inspection, name: str, path: str, wished: ModelOptions
+) -> Offer:
+    """Of a model whose path led nowhere at the agent's start: its disk may be mounted later."""
+    placeholder = LocalModel(name=name, path=path, format=Format.HUB)
+    offer = _offer(settings, inspection, placeholder, wished)
+
+    def plan(memory: Mapping[Pool, MemoryNow]) -> Plan:
+        try:
+            found = describe(path, name)
+        except NotAModel as error:
+            raise NoChoice(str(error)) from None
+        return _offer(settings, inspection, found, wished).plan(memory)
+
+    return replace(offer, plan=plan)
 
 
 def _main_options(settings: Settings, choice: Choice | NoChoice) -> Options:

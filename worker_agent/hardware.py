@@ -120,6 +120,25 @@ def visible(gpus: Sequence[DeviceNow], variable: str | None) -> tuple[DeviceNow,
     return tuple(by_index[int(word)] for word in wanted if int(word) in by_index)
 
 
+def by_number(variable: str, indices: Mapping[str, int]) -> str:
+    """`CUDA_VISIBLE_DEVICES` with each `GPU-...`, which may be the beginning of one's UUID, as its number."""
+    words = [word.strip() for word in variable.split(",")]
+    return ",".join(
+        next((str(index) for uuid, index in indices.items() if word and uuid.startswith(word)), word)
+        for word in words
+    )
+
+
+def parse_uuids(output: str) -> dict[str, int]:
+    """Index by UUID in `nvidia-smi --query-gpu=uuid,index --format=csv,noheader`."""
+    rows = (line.rpartition(",") for line in output.splitlines())
+    return {
+        uuid.strip(): int(index)
+        for uuid, _, index in rows
+        if uuid.startswith("GPU-") and index.strip().isascii() and index.strip().isdigit()
+    }
+
+
 def parse_cpu_max(text: str) -> float | None:
     """Processors allowed by cgroup v2's `cpu.max`: `200000 100000` -> 2.0; None: no limit that we read."""
     quota, _, period = text.strip().partition(" ")
@@ -322,14 +341,22 @@ def _gpus() -> tuple[Gpu, ...]:
         DeviceNow(index=index, total_bytes=gpu.memory_bytes, available_bytes=0)
         for index, gpu in enumerate(found)
     ]
-    return tuple(found[device.index] for device in visible(numbered, os.environ.get("CUDA_VISIBLE_DEVICES")))
+    return tuple(found[device.index] for device in visible(numbered, _visible_devices()))
 
 
 def _devices() -> tuple[DeviceNow, ...]:
     found = parse_gpu_memory(
         _ask(["nvidia-smi", "--query-gpu=index,memory.total,memory.free", "--format=csv,noheader,nounits"])
     )
-    return visible(found, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return visible(found, _visible_devices())
+
+
+def _visible_devices() -> str | None:
+    variable = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if variable is None or "GPU-" not in variable:
+        return variable
+    uuids = _ask(["nvidia-smi", "--query-gpu=uuid,index", "--format=csv,noheader,nounits"])
+    return by_number(variable, parse_uuids(uuids))
 
 
 def _memory_groups() -> list[CgroupMemory]:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import re
+import signal
 import sys
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -88,6 +89,8 @@ class Process:
     def kill(self) -> None:
         """Ends them."""
         self._order(b"k")
+        with contextlib.suppress(ProcessLookupError):
+            self._guard.send_signal(signal.SIGCONT)  # a guard that somebody has stopped obeys nobody
 
     async def wait(self) -> int:
         """Reads its output, and returns its exit code: 128 + n where signal n ended it. To be called once."""

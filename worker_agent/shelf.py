@@ -17,6 +17,8 @@ from worker_agent.residents import Residents
 from worker_agent.wire import Download, DownloadState, ModelList, ModelOrder
 
 _LOG = logging.getLogger(__name__)
+LOOK_SECONDS = 60.0
+"""`worker-agent models` fetches and deletes beside a running agent, too."""
 
 
 class Shelf:
@@ -39,6 +41,7 @@ class Shelf:
         self._residents = residents
         self._downloads: Downloads | None = None
         self._downloaded: tuple[LocalModel, ...] = ()
+        self._looked = False
 
     def fetched_by(self, downloads: Downloads) -> None:
         """What these finish appears at once. To be called before they run."""
@@ -54,23 +57,35 @@ class Shelf:
 
     async def look(self) -> None:
         """Offers what is there now."""
+        before = self._downloaded
         try:
             self._downloaded = await asyncio.to_thread(self._catalog.scan)
         except OSError as error:
             _LOG.warning("%s cannot be read: %s", self._catalog.folder, error.strerror or error)
+        if self._looked and self._downloaded == before:
+            return
+        self._looked = True
         self._residents.offer([*self._given, *map(self._offer, self._downloaded), *self._missing])
 
-    async def keep_looking(self, changes: Changes) -> None:
+    async def keep_looking(self, changes: Changes, every_seconds: float = LOOK_SECONDS) -> None:
         """Offers what is there, and what arrives, until cancelled."""
+        done = self._done()
         while True:
-            done = self._done()
             await self.look()
-            while True:
-                change, before = changes.next, done
-                done = self._done()
-                if done - before:
-                    break
-                await change.wait()
+            try:
+                async with asyncio.timeout(every_seconds):
+                    done = await self._more_than(done, changes)
+            except TimeoutError:
+                done &= self._done()
+
+    async def _more_than(self, done: set[tuple[str, str]], changes: Changes) -> set[tuple[str, str]]:
+        """The finished downloads, once there is one that was none of these."""
+        while True:
+            change, before = changes.next, done
+            done = self._done()
+            if done - before:
+                return done
+            await change.wait()
 
     def _done(self) -> set[tuple[str, str]]:
         return {(each.repo, each.name) for each in self.told() if each.state is DownloadState.DONE}

@@ -80,12 +80,13 @@ def examine(folder: Path, *, uid: int) -> Contents:
         raise Refused(
             f"{folder} holds what no agent has put there ({', '.join(unknown[:5])}): remove it by hand"
         )
-    if names and folder != default_data_dir() and not any(map(_ID.fullmatch, names)):
+    models, strange = _models(folder / "models")
+    # Whoever only fetched models, and never ran an agent, has no id there.
+    if names and folder != default_data_dir() and not models and not any(map(_ID.fullmatch, names)):
         raise Refused(
             f"{folder} does not look like an agent's, which has a file agent-1.id: remove it by hand"
         )
     files, size = _measure(folder, found.st_dev)
-    models, strange = _models(folder / "models")
     return Contents(folder=folder, files=files, size_bytes=size, models=models, strange=strange)
 
 

@@ -17,6 +17,7 @@ from worker_agent.engines.choice import (
 )
 from worker_agent.hardware import Gpu, Hardware
 from worker_agent.models.local import Format, LocalModel
+from worker_agent.wire import ServedModel
 
 GIB = 2**30
 LINUX = Hardware(system="Linux", architecture="x86_64", cores=8, memory_bytes=16 * GIB)
@@ -236,3 +237,21 @@ def test_only_what_is_installed_is_chosen_and_only_what_was_given_or_embedded_is
     assert choice.model in (wish.model, installed.embedded_model)
     assert wish.engine in ("auto", choice.engine.name)
     assert all(len(line) <= 400 and line.isprintable() for line in choice.advice)
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("/models/" + "x" * 150 + ".gguf", "x" * 128),
+        ("/models/a\nb.gguf", "a_b"),
+        ("./.gguf", "model"),
+        ("/models/Ünï mit Leerzeichen.gguf", "Ünï mit Leerzeichen"),
+    ],
+)
+def test_whatever_a_file_is_called_its_model_gets_a_name_that_can_be_told(file: str, name: str) -> None:
+    assert choose(LINUX, QUICKSTART, Wish(model=file)).name == name
+    assert ServedModel(name=name).name == name
+
+
+def test_a_model_in_this_very_folder_has_a_name_to_ask_for() -> None:
+    assert choose(GPU_BOX, Installed(vllm=True), Wish(model="./")).name == "model"

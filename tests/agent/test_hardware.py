@@ -13,6 +13,7 @@ from worker_agent.hardware import (
     CgroupMount,
     Gpu,
     Hardware,
+    by_number,
     cgroup_folders,
     memory_under,
     metal_limit,
@@ -27,6 +28,7 @@ from worker_agent.hardware import (
     parse_own_cgroup,
     parse_reclaimable,
     parse_top,
+    parse_uuids,
     usable_cores,
     visible,
 )
@@ -259,3 +261,13 @@ def test_memory_that_a_process_takes_is_seen_in_it_and_in_those_below_it() -> No
         process.communicate()
     assert 200 * MIB <= held < 300 * MIB
     assert hardware.resident_bytes([process.pid]) == {Pool.RAM: 0, Pool.VRAM: 0}
+
+
+@pytest.mark.parametrize(
+    ("variable", "number"),
+    [("GPU-bb22", "1"), ("GPU-bb22-2, GPU-aa11", "1,0"), ("GPU-cc", "GPU-cc"), ("0", "0")],
+)
+def test_gpus_that_are_named_by_uuid_are_found_by_their_numbers(variable: str, number: str) -> None:
+    told = parse_uuids("GPU-aa11-1, 0\nGPU-bb22-2, 1\nNo devices were found\n")
+    assert told == {"GPU-aa11-1": 0, "GPU-bb22-2": 1}
+    assert by_number(variable, told) == number

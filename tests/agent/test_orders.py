@@ -37,8 +37,10 @@ class Disk:
     changes: Changes
     models: dict[str, LocalModel] = field(default_factory=dict)
     fetching: dict[str, Download] = field(default_factory=dict)
+    scans: int = 0
 
     def scan(self) -> tuple[LocalModel, ...]:
+        self.scans += 1
         return tuple(self.models.values())
 
     def delete(self, name: str) -> None:
@@ -267,3 +269,30 @@ async def test_an_order_that_is_not_understood_says_why(agent: Agent, order: dic
     status, error = await agent.order("load", **order)
     assert (status, error["code"]) == (400, "bad_order")
     assert "name" in str(error["message"])
+
+
+def test_a_proof_of_bytes_that_are_no_text_is_none() -> None:
+    nonces = handshake.Nonces()
+    nonces.give("a", 0.0)
+    assert not nonces.accepts(KEY, "a:\udcff", AGENT, "POST", LOAD, BODY, 1.0)  # as aiohttp hands on 0xff
+
+
+async def test_what_is_fetched_or_deleted_beside_the_agent_is_noticed(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, POLICY)
+    disk = Disk(tmp_path, machine.changes)
+    offered: list[str] = []
+
+    def offer(model: LocalModel) -> Offer:
+        offered.append(model.name)
+        return machine.made(model.name, 4)
+
+    shelf = Shelf((), offer, disk, machine.residents)  # type: ignore[arg-type]
+    looking = asyncio.ensure_future(shelf.keep_looking(machine.changes, every_seconds=0.02))
+    disk.models["a"] = local("a")
+    await until(lambda: machine.residents.names == ("a",))
+    scans = disk.scans
+    await until(lambda: disk.scans > scans + 2)
+    assert offered == ["a"]  # what is as it was is not planned anew
+    del disk.models["a"]
+    await until(lambda: not machine.residents.names)
+    looking.cancel()

@@ -178,3 +178,15 @@ def test_the_guard_needs_nothing_but_the_standard_library() -> None:
         if line.startswith(("import ", "from "))
     }
     assert imported <= {*sys.stdlib_module_names}
+
+
+async def test_a_guard_that_somebody_has_stopped_obeys_a_kill_all_the_same() -> None:
+    lines: list[str] = []
+    async with running([sys.executable, "-c", IGNORES_TERM], ENVIRONMENT, lines.append) as process:
+        reading = asyncio.ensure_future(process.wait())
+        await until(lambda: lines)
+        engine = int(lines[0].split()[0])
+        os.kill(process.pid, signal.SIGSTOP)
+        process.kill()
+        assert await asyncio.wait_for(reading, 10) == 128 + signal.SIGKILL
+        assert not alive(engine)

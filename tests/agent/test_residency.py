@@ -604,3 +604,61 @@ def perform(machine: Machine, what: str, number: int, name: str) -> None:
             machine.decide()
         case "after":
             machine.after(number)
+
+
+def test_memory_that_a_newcomer_does_not_need_is_not_its_concern() -> None:
+    machine = Machine.of(10, ram=terms(6))
+    machine.budget = {Pool.RAM: 10 * GIB, Pool.VRAM: 10 * GIB}
+    machine.residency.offer("gpu", Terms(need=need(4, Pool.VRAM)))
+    machine.ask("ram")
+    machine.load_all()
+    machine.end("ram")
+    machine.budget = {Pool.RAM: 5 * GIB, Pool.VRAM: 10 * GIB}  # a neighbour has taken some
+    machine.residency.wish("gpu", machine.now)
+    assert machine.residency.decide(machine.now, machine.budget) == [Load("gpu")]
+    assert (machine.phase("ram"), machine.refused) == (Phase.READY, [])
+
+
+def test_a_load_that_went_wrong_and_that_nobody_waits_for_gives_way() -> None:
+    machine = Machine.of(10, hangs=terms(6), b=terms(6))
+    key = machine.ask("hangs")
+    assert key is not None
+    machine.ask("b")
+    assert machine.phase("hangs") is Phase.LOADING  # a load is not broken off for another
+    machine.residency.stumbled("hangs")
+    machine.decide()
+    assert machine.phase("hangs") is Phase.LOADING  # somebody waits for the next try
+    machine.waiting.pop(key)
+    machine.residency.waits_no_more("hangs", key)
+    assert machine.residency.seconds_until_room("b", machine.now, machine.budget) == 0
+    assert machine.decide() == [Unload("hangs", given_up=True)]
+    machine.leave_all()
+    assert machine.loads == ["hangs", "b"]
+
+
+def test_a_load_that_went_wrong_is_tried_again_while_nobody_wants_its_room() -> None:
+    machine = Machine.of(10, a=terms(6), b=terms(4))
+    key = machine.ask("a")
+    assert key is not None
+    machine.residency.stumbled("a")
+    machine.leave(key)
+    machine.ask("b")
+    assert machine.phase("a") is Phase.LOADING
+    machine.load_all()
+    assert machine.phase("a") is Phase.READY
+    machine.residency.stumbled("a")  # one that has served keeps its turn
+    machine.residency.offer("c", terms(6))
+    machine.ask("c")
+    assert machine.unloads == []
+
+
+def test_one_that_died_may_come_back_only_while_what_it_had_is_free() -> None:
+    machine = Machine.of(10, a=terms(6), b=terms(4))
+    for name in ("a", "b"):
+        machine.ask(name)
+        machine.load_all()
+    assert machine.residency.why_not_again("a", machine.budget) is None
+    assert machine.residency.why_not_again("a", {Pool.RAM: 9 * GIB}) == (
+        "a needs 6.0 GiB (weights 6.0, cache 0.0, engine 0.0); 5.0 GiB are free for models, of 9.0;"
+        " loaded: b 4.0"
+    )

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
+import time
 from collections.abc import AsyncIterator, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import orjson
@@ -16,6 +20,7 @@ from agent.scenes import alive, fake_plan, pids, until
 from worker_agent import wire
 from worker_agent.changes import Changes
 from worker_agent.engines.choice import DoesNotFit, NoChoice
+from worker_agent.exchange import Refused
 from worker_agent.gateway import Gateway
 from worker_agent.memory import MemoryNow, Need, Pool
 from worker_agent.models.local import Format, LocalModel
@@ -23,9 +28,10 @@ from worker_agent.offers import Offer, without_model
 from worker_agent.plans import Plan
 from worker_agent.report import detail_of, served_model, state_of
 from worker_agent.residency import ResidencyPolicy
+from worker_agent.resident import Resident
 from worker_agent.residents import Residents, ResidentsPolicy
 from worker_agent.server import ServerPolicy, listening
-from worker_agent.supervision import SupervisionPolicy
+from worker_agent.supervision import Event, Life, State, SupervisionPolicy
 from worker_agent.watch import WatchPolicy
 from worker_agent.wire import EngineState, ModelState, Report, ServedModel
 
@@ -546,3 +552,117 @@ async def test_a_report_of_as_many_models_as_there_may_be_is_well_below_its_limi
     await until(lambda: all(model.detail for model in machine.report().models))
     assert len(machine.report().to_line()) < wire.MAX_REPORT_BYTES / 2
     Report.from_line(machine.report().to_line())
+
+
+async def test_a_model_that_never_loads_makes_room_for_another_and_rests(tmp_path: Path) -> None:
+    patient = SupervisionPolicy(
+        start_limit_seconds=1, stop_grace_seconds=0.3, first_rest_seconds=0.2, fault_window_seconds=1
+    )
+    async with room_of(tmp_path, replace(POLICY, supervision=lambda _plan: patient)) as room:
+        machine = room.machine
+        machine.offer("hangs", 6, "mute")
+        machine.offer("b", 6)
+        assert (await room.refusal("hangs"))[0] == 503
+        assert machine.told("hangs").state is ModelState.LOADING  # another try: nobody wants its room
+        assert await room.served("b")
+        told = machine.told("hangs")
+        assert told.state is ModelState.FAILED
+        assert told.detail.startswith("it generated nothing within 1 s")
+        starts = len(pids(machine.starts("hangs")))
+        assert (await room.refusal("hangs"))[1]["code"] == "engine_not_ready"
+        assert len(pids(machine.starts("hangs"))) == starts
+        assert machine.told("b").state is ModelState.LOADED
+
+
+def test_a_load_that_hangs_to_its_limit_each_time_comes_to_an_end(tmp_path: Path) -> None:
+    plan = fake_plan(tmp_path / "a", "mute")
+    plan = replace(plan, spec=replace(plan.spec, start_limit_seconds=1800))
+    policy = ResidentsPolicy().supervision(plan)
+    life, now = Life(state=State.STARTING), 0.0
+    for _ in range(policy.faults_to_fail):
+        assert life.state is State.STARTING
+        now += policy.start_limit_seconds
+        for event in (Event.WOKE, Event.EXITED, Event.WOKE):
+            life, _ = life.after(event, now, policy)
+    assert life.state is State.FAILED
+
+
+async def test_an_engine_that_dies_as_it_lets_somebody_in_refuses_him(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = room.machine
+    machine.offer("a", 4, "held")
+    asking = asyncio.ensure_future(room.refusal("a"))
+    await until(lambda: machine.residents.waiting == 1)
+    admit = machine.residents._admit
+
+    def admit_and_die(model: Any) -> None:
+        there = len(model.line)
+        admit(model)
+        if there and not model.line:
+            model.engine._tell(Event.EXITED)
+
+    monkeypatch.setattr(machine.residents, "_admit", admit_and_die)
+    machine.release("a")
+    status, error = await asking
+    assert (status, error["code"]) == (503, "engine_not_ready")
+    monkeypatch.undo()
+    await until(lambda: machine.residents.taken == 0)
+    assert machine.residents._residency.is_idle("a")
+
+
+async def test_an_engine_is_not_started_again_into_memory_that_a_neighbour_has_taken(room: Room) -> None:
+    machine = room.machine
+    machine.offer("a", 6, preload=True)
+    await until(lambda: machine.told("a").state is ModelState.LOADED)
+    machine.gib = 2
+    os.kill(pids(machine.starts("a"))[-1], signal.SIGKILL)
+    await until(lambda: machine.told("a").state is ModelState.FAILED)
+    assert "a needs 6.0 GiB" in machine.told("a").detail
+    assert len(pids(machine.starts("a"))) == 1
+    machine.gib = 10
+    await until(lambda: machine.told("a").state is ModelState.LOADED)
+    assert await room.served("a")
+
+
+async def test_an_order_to_load_what_has_just_failed_finds_no_engine_of_before(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine, may_end = room.machine, asyncio.Event()
+    machine.offer("a", 4, "exit")
+    connected = Resident.connected
+
+    @contextlib.asynccontextmanager
+    async def ends_slowly(resident: Resident) -> AsyncIterator[None]:
+        async with connected(resident):
+            yield
+            await may_end.wait()
+
+    monkeypatch.setattr(Resident, "connected", ends_slowly)
+    assert (await room.refusal("a"))[0] == 503
+    await until(lambda: machine.residents._models["a"].leave.is_set())
+    monkeypatch.undo()
+    first = machine.residents.resident("a")
+    machine.residents.load("a")
+    await until(lambda: machine.residents.resident("a") is not first)
+    may_end.set()
+    await until(lambda: machine.told("a").state is ModelState.FAILED)
+    assert len(pids(machine.starts("a"))) == 4  # two tries each
+    machine.offer("a", 4)
+    machine.residents.load("a")
+    assert await room.served("a")
+
+
+async def test_one_whose_time_is_over_as_its_model_goes_is_told_that_it_has_gone(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine, loop = room.machine, asyncio.get_running_loop()
+    monkeypatch.setattr(machine.residents, "_step", asyncio.Event().wait)  # nothing is decided yet
+    machine.offer("a", 4)
+    machine.residents._models["a"].load_seconds = 0.01
+    loop.call_later(0.1, time.sleep, 0.5)  # so that both of the following come in one turn of the loop
+    loop.call_later(0.35, machine.residents.offer, ())
+    with pytest.raises(Refused, match="a is no longer here"):
+        async with machine.residents.entered("a", 0.3):
+            pass
+    assert (machine.residents.waiting, machine.residents.names) == (0, ())

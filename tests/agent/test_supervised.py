@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import os
 import signal
@@ -15,6 +16,7 @@ import aiohttp
 import pytest
 
 from agent.scenes import alive, fake_plan, pids, until
+from worker_agent import readiness
 from worker_agent.engines.spec import Capacity, Launch
 from worker_agent.readiness import answers_at_all, free_port
 from worker_agent.supervised import SupervisedEngine
@@ -250,3 +252,39 @@ async def test_leaving_while_it_starts_leaves_no_process(starts: Path) -> None:
         engine.want()
         await until(lambda: pids(starts))
     assert not alive(pids(starts)[0])
+
+
+async def test_a_machine_without_a_free_port_or_file_tries_again(
+    starts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[int] = []
+    free_port = readiness.free_port
+
+    def first_none() -> int:
+        tries.append(1)
+        if len(tries) == 1:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return free_port()
+
+    monkeypatch.setattr(readiness, "free_port", first_none)
+    engine = engine_of(starts, "serve")
+    async with engine.supervised():
+        engine.want()
+        await until(lambda: engine.state is State.READY)
+    assert engine.reason == "it could not be started: Too many open files"
+
+
+async def test_who_is_asked_before_a_restart_may_have_it_stay_down(starts: Path) -> None:
+    asked: list[int] = []
+
+    async def refuse() -> None:
+        asked.append(len(pids(starts)))
+        engine.unwant()
+
+    engine = SupervisedEngine(fake_plan(starts, "serve"), FAST, lambda: None, refuse)
+    async with engine.supervised():
+        engine.want()
+        await until(lambda: engine.state is State.READY)
+        os.kill(pids(starts)[0], signal.SIGKILL)
+        await until(lambda: engine.state is State.STOPPED)
+    assert (asked, len(pids(starts))) == ([1], 1)

@@ -75,6 +75,13 @@ def test_a_folder_of_models_without_an_agents_id_is_somebody_elses(tmp_path: Pat
         examine(tmp_path / "ai", uid=UID)
 
 
+def test_models_that_were_fetched_before_any_agent_ran_can_go(tmp_path: Path) -> None:
+    model = tmp_path / "ai" / "models" / "qwen"
+    model.mkdir(parents=True)
+    (model / "model.json").write_text("{}")
+    assert examine(tmp_path / "ai", uid=UID).models == ("qwen",)
+
+
 @pytest.mark.parametrize("path", ["/", "/usr", "~"])
 def test_no_folder_of_the_system_and_no_home_is_taken_for_it(path: str) -> None:
     with pytest.raises(Refused):

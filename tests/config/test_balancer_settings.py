@@ -210,6 +210,18 @@ def test_a_key_that_cannot_be_had_is_told_with_its_worker(
     assert sentence in told
 
 
+@pytest.mark.parametrize("key", ["sk-ant-api03-abcdefghijklmnop", "0a1b" * 8, "sk-proj-" + "A1b2" * 39])
+@pytest.mark.parametrize("member", ["env", "file", "key"])
+def test_a_key_in_the_place_of_a_name_is_not_shown(config, key, member):
+    with pytest.raises((SettingsError, ConfigFaults)) as caught:
+        load(room_with(config, {member: key}), {})
+    assert key[:12] not in str(caught.value)
+
+
+def test_a_key_in_the_place_of_its_file_is_not_shown(config):
+    assert "sk-ant" not in complaint(config(admin_key_file="sk-ant-api03-abcdefghijklmnop"))
+
+
 def test_the_balancers_own_keys_come_from_variables_or_files_and_are_in_no_dump(config, monkeypatch):
     path = config(admin_key_file="keys/admin", cluster_key_file="~/cluster")
     monkeypatch.setenv("HOME", str(path.parent))

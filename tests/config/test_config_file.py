@@ -331,6 +331,10 @@ def test_a_host_that_is_more_than_a_host_is_taken_apart_in_the_advice(host, advi
     [
         ({"url": "api.example.com"}, 'f.json:1:22: "api.example.com" is not a url: expected one like https'),
         ({"url": "https://me:secret@api.example.com"}, '"https://api.example.com" is not a url'),
+        ({"url": "https://secret@api.example.com"}, '"https://api.example.com" is not a url'),
+        ({"url": "https://" + "secret" * 200 + "@api.example.com"}, '"url" is a text of 1224 characters'),
+        ({"host": "me:secret@box"}, 'expected the host alone, without a user: "box"'),
+        ({"host": "me:secret@box:80"}, 'expected the host alone, without a user: "box:80"'),
         ({"url": "https://api.example.com/v1?key=secret"}, '"https://api.example.com" is not a url'),
         ({"url": "ftp://api.example.com"}, "is not a url"),
         ({"url": "http://h:99999"}, "99999 is not a port"),

@@ -475,6 +475,29 @@ def test_what_is_no_such_stream_is_a_fault(told):
         translated(told)
 
 
+@pytest.mark.parametrize("count", [2**64 - 1, -1, True, 1.5, "7"])
+def test_a_count_that_can_be_none_is_not_believed(count):
+    told = {"input_tokens": count, "cache_read_input_tokens": count}
+    answer, _ = assembled(events(start(**told), block(), text("Hi"), end(), STOP))
+    assert answer["usage"]["prompt_tokens"] == 0
+    message = {"type": "message", "content": [{"type": "text", "text": "Hi"}], "usage": told}
+    assert whole(message)["usage"]["prompt_tokens"] == 0
+
+
+def test_arguments_deeper_than_can_be_written_are_a_fault():
+    nested = b'{"a":' * 300 + b"1" + b"}" * 300
+    call = b'{"type":"tool_use","id":"1","name":"f","input":' + nested + b"}"
+    with pytest.raises(AnswerError, match="too deeply"):
+        translated(
+            events(start()),
+            b'data: {"type":"content_block_start","index":0,"content_block":' + call + b"}\n\n",
+        )
+    answer = Whole()
+    answer.feed(b'{"type":"message","content":[' + call + b"]}")
+    with pytest.raises(AnswerError, match="too deeply"):
+        answer.end()
+
+
 def test_an_endless_event_is_not_held():
     stream = Events()
     stream.feed(b"data: " + b"x" * 2_000_000)

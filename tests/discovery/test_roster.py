@@ -154,9 +154,17 @@ def test_a_new_config_leaves_workers_in_peace_that_it_lists_as_before(scene):
     scene.static(a="http://h:1", c="http://h:3")
     assert scene.follows == before + 1
     assert scene.events[-2:] == [
-        Gone(WorkerId("b")),
         Seen(Worker(id=WorkerId("c"), type="openai", url="http://h:3")),
+        Gone(WorkerId("b")),
     ]
+
+
+def test_a_room_whose_workers_are_all_renamed_is_never_empty(scene):
+    scene.static(a="http://h:1", b="http://h:2")
+    scene.events.clear()
+    scene.static(c="http://h:1", d="http://h:2")
+    assert [type(event) for event in scene.events] == [Seen, Seen, Gone, Gone]
+    assert scene.watched.keys() == {"c", "d"}
 
 
 def test_a_new_key_in_the_config_is_used_from_then_on(scene):

@@ -122,6 +122,23 @@ async def test_a_model_is_asked_for_by_its_alias(open_room: OpenRoom):
             assert agent.orders[0][1].name == "Qwen2.5-7B-Q4"
 
 
+@pytest.mark.parametrize("status", [200, 204, 205, 226, 299])
+async def test_an_odd_status_of_an_agent_becomes_none_of_ours(open_room: OpenRoom, status: int):
+    """As our own, 204 would take the answer its body."""
+    agent = ManagedAgent("mac")
+    agent.has("qwen", ModelState.UNLOADED)
+    agent.refuses = (status, "done")
+    async with room_of(open_room, agent) as room:
+        assert await room.admin("POST", "/models/load", {"model": "qwen", "worker": "mac"}) == (
+            200,
+            {
+                "action": "load",
+                "model": "qwen",
+                "results": [{"worker": "mac", "ok": True, "status": 200, "detail": "is loaded"}],
+            },
+        )
+
+
 async def test_each_worker_answers_for_itself(open_room: OpenRoom):
     """One does it, one refuses, one has another key, one none, one is too old: 202, and who did what."""
     agents = {name: ManagedAgent(name) for name in ("does", "refuses", "stranger", "old", "keyless")}
@@ -299,6 +316,18 @@ async def test_a_pull_that_is_cancelled_ends_at_ollama(open_room: OpenRoom):
         await room.until(lambda: ollama.broken_pulls == 1, "Ollama is told")
         ((shown,),) = [(await room.admin("GET", "/models"))[1]["downloads"]]
         assert (shown["state"], "cancelled" in shown["detail"]) == ("failed", True)
+
+
+async def test_a_pull_at_who_has_left_the_room_can_be_cancelled(open_room: OpenRoom):
+    ollama = ManagedOllama(pulls_until=asyncio.Event())
+    async with room_of(open_room, ollama) as room:
+        await room.admin("POST", "/models/download", {"repo": "llama3.2:1b", "worker": "ollama"})
+        assert (await room.admin("DELETE", "/workers/ollama"))[0] == 200
+        order = {"model": "llama3.2:1b", "worker": "ollama"}
+        status, told = await room.admin("POST", "/models/cancel", order)
+        assert (status, results(told)) == (200, {"ollama": 200})
+        await room.until(lambda: ollama.broken_pulls == 1, "Ollama is told")
+        assert (await room.admin("POST", "/models/cancel", order))[0] == 404
 
 
 async def test_a_pull_that_fails_says_why(open_room: OpenRoom):

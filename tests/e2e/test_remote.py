@@ -3,7 +3,9 @@ certificate that is looked at."""
 
 from __future__ import annotations
 
+import asyncio
 import datetime
+import json
 import logging
 import ssl
 from collections.abc import Callable
@@ -14,6 +16,7 @@ import openai
 import pytest
 import trustme
 
+from balancer import relay
 from balancer.settings import SettingsError
 from balancer.upstream import Address
 from tests.e2e.conftest import OpenRoom, Room
@@ -296,6 +299,207 @@ async def test_a_request_that_is_to_stay_local_does(open_room: OpenRoom, listed:
         with pytest.raises(openai.APIStatusError, match="local"):
             await ask(room, extra_headers={"X-Local-Only": "true"})
         assert not api.told
+
+
+@pytest.mark.parametrize("order", [("true", "false"), ("false", "true")])
+async def test_a_request_whose_headers_contradict_each_other_does_not_leave(
+    open_room: OpenRoom, listed: Listed, tls, order: tuple[str, str]
+):
+    """Whichever of them counts: who has said it once must not find their prompts elsewhere."""
+    async with OpenAiLike(tls) as api, open_room(listed(api, "openai", fallback=True)) as room:
+        await room.ready()
+        body = {"model": "fake", "messages": MESSAGES}
+        headers = [("X-Local-Only", value) for value in order]
+        async with room.http.post(f"{room.url}/v1/chat/completions", json=body, headers=headers) as response:
+            assert response.status == 400
+            assert "X-Local-Only" in await response.text()
+        twice = [("X-Local-Only", "true"), ("x-local-ONLY", "true")]
+        async with room.http.post(f"{room.url}/v1/chat/completions", json=body, headers=twice) as response:
+            assert (await response.json())["error"]["code"] == "model_not_local"
+        assert not api.told
+
+
+async def test_what_one_fallback_cannot_be_asked_another_is(open_room: OpenRoom, listed: Listed, tls):
+    async with Anthropic(tls) as claude, OpenAiLike(tls) as api:
+        rows = listed(claude, "anthropic", id="claude"), listed(api, "openai", fallback=True)
+        async with open_room(*rows) as room:
+            await room.ready(2)
+            for _ in range(8):
+                assert (await ask(room, n=2)).choices[0].message.content == TEXT
+            assert len(api.told) == 8
+            assert not claude.told
+            assert room.worker("claude").success_rate == 1
+
+
+# What goes wrong there ...
+
+
+async def test_an_error_whose_words_do_not_come_is_judged_by_its_status(
+    open_room: OpenRoom, listed: Listed, tls, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(relay, "ERROR_BODY_SECONDS", 0.1)
+    async with OpenAiLike(tls) as api, open_room(listed(api, "openai", fallback=True)) as room:
+        await room.ready()
+        api.script.append(Answer(status=503, stalls=True))
+        assert (await ask(room)).choices[0].message.content == TEXT
+        api.script.append(Answer(status=400, stalls=True))
+        with pytest.raises(openai.BadRequestError):
+            await ask(room)
+
+
+async def test_an_answer_in_one_piece_that_stops_in_the_middle_is_had_again(
+    open_room: OpenRoom, listed: Listed, tls
+):
+    async with OpenAiLike(tls) as api:
+        async with open_room(listed(api, "openai", fallback=True), read_timeout=0.2) as room:
+            await room.ready()
+            api.script.append(Answer(stalls=True))
+            embedded = await room.openai.embeddings.create(model="fake", input="x")
+            assert embedded.data[0].embedding == [0.25, 0.5]
+            assert len(api.told) == 2
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+async def test_where_an_api_sends_us_to_nobody_goes(open_room: OpenRoom, listed: Listed, tls, stream: bool):
+    async with OpenAiLike(tls) as other, OpenAiLike(tls) as api:
+        async with open_room(listed(api, "openai", fallback=True)) as room:
+            await room.ready()
+            elsewhere = {"Location": f"{other.url}/v1/chat/completions"}
+            for status in (301, 307):
+                api.script.append(Answer(status=status, body={}, headers=elsewhere))
+            answer = text_of(await streamed(room)) if stream else (await ask(room)).choices[0].message.content
+            assert (answer, len(api.told)) == (TEXT, 3)
+            assert not other.told
+            assert not other.looked_in
+
+
+async def test_a_key_that_a_worker_of_the_room_repeats_is_not_shown(
+    open_room: OpenRoom, tls, key: dict[str, str], caplog
+):
+    caplog.set_level(logging.INFO)
+    async with OpenAiLike(tls) as api:
+        row = {"id": "near", "url": api.url, "ca_file": "ca.pem", "api_key": key, "model": "fake"}
+        async with open_room(row) as room:
+            await room.ready()
+            for status in (400, 401, 403, 500):
+                # Masked as OpenAI does it, and plainly.
+                words = f"Incorrect API key provided: {KEY[:8]}***{KEY[-4:]}" if status in (401, 403) else KEY
+                api.script.extend([api.error(status, KEY, words)] * 4)
+                with pytest.raises(openai.APIStatusError) as caught:
+                    await ask(room)
+                assert KEY not in str(caught.value.body)
+                assert KEY[:8] not in str(caught.value.body)
+                api.script.clear()
+            assert KEY not in await room.metrics()
+    assert KEY not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("invalid_api_key", "No such key"),
+        ("invalid_request", f"Incorrect API key provided: {KEY[:6]}***."),
+        ("400", "API key not valid. Please pass a valid API key."),
+    ],
+)
+async def test_a_wrong_key_is_not_the_clients_doing_whatever_the_status(
+    open_room: OpenRoom, listed: Listed, tls, code: str, words: str
+):
+    """xAI and Google say it with 400."""
+    async with OpenAiLike(tls) as api, open_room(listed(api, "openai", fallback=True)) as room:
+        await room.ready()
+        api.script.extend([api.error(400, code, words)] * 4)
+        with pytest.raises(openai.APIStatusError) as caught:
+            await ask(room)
+        assert caught.value.status_code != 400
+        assert KEY[:6] not in caught.value.message
+
+
+async def test_a_code_that_is_none_reaches_no_log_and_no_metric(
+    open_room: OpenRoom, listed: Listed, tls, caplog
+):
+    caplog.set_level(logging.INFO)
+    async with OpenAiLike(tls) as api, open_room(listed(api, "openai", fallback=True)) as room:
+        await room.ready()
+        api.script.append(api.error(400, "x\nINFO a line of its own", "too long"))
+        with pytest.raises(openai.BadRequestError, match="too long"):
+            await ask(room)
+        api.script.append(api.error(400, "context_length_exceeded", "too long"))
+        with pytest.raises(openai.BadRequestError) as caught:
+            await ask(room)
+        assert caught.value.code == "context_length_exceeded"
+        assert "of its own" not in await room.metrics()
+    assert "of its own" not in caplog.text
+
+
+# Reloads ...
+
+
+def one_at_a_time(engine: FakeEngine, name: str) -> dict[str, Any]:
+    return {"id": name, "url": engine.url, "max_concurrent_requests": 1}
+
+
+async def reloaded(room: Room, **members: Any) -> int:
+    """The status of a reload with other members in the first worker's entry."""
+    config = json.loads(room.config.read_text())
+    config["workers"][0] |= members
+    room.config.write_text(json.dumps(config))
+    return (await room.admin("POST", "/config/reload"))[0]
+
+
+async def test_a_certificate_that_cannot_be_read_again_leaves_the_one_in_use(
+    open_room: OpenRoom, listed: Listed, tls, authority: Authority
+):
+    async with OpenAiLike(tls) as api, open_room(listed(api, "openai", fallback=True)) as room:
+        await room.ready()
+        pem = authority.file.read_text()
+        authority.file.write_text("half of a certificate")
+        assert await reloaded(room) == 422
+        api.script.append(Answer(status=500, body={}, headers={"Connection": "close"}))  # so it connects anew
+        assert (await ask(room)).choices[0].message.content == TEXT
+        assert len({told.peer for told in api.told}) == 2
+        authority.file.write_text(pem)
+        assert await reloaded(room) == 200
+
+
+async def test_a_new_key_does_not_go_to_the_address_of_before(
+    open_room: OpenRoom, listed: Listed, tls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The worker moves in the moment between a request's grant and its sending."""
+    (tmp_path / "new-key").write_text("secret-of-the-new-address")
+    async with OpenAiLike(tls) as before, OpenAiLike(tls) as after:
+        after.key = "secret-of-the-new-address"
+        async with open_room(listed(before, "openai", fallback=True)) as room:
+            await room.ready()
+            translated, moves = relay._translated, [True]
+
+            async def moving(*about: Any) -> bytes:
+                if moves:
+                    moves.clear()
+                    assert await reloaded(room, url=after.url, api_key={"file": "new-key"}) == 200
+                return await translated(*about)
+
+            monkeypatch.setattr(relay, "_translated", moving)
+            assert (await ask(room)).choices[0].message.content == TEXT
+            assert ["authorization" in told.headers for told in before.told] == [False]
+            assert len(after.told) == 1
+
+
+async def test_who_waits_while_all_workers_are_renamed_is_served(open_room: OpenRoom):
+    async with FakeEngine() as engine, open_room(one_at_a_time(engine, "a")) as room:
+        await room.ready()
+        engine.always(Fault.stall(at_token=2))
+        first = asyncio.ensure_future(ask(room, max_tokens=4))
+        await room.until(lambda: room.worker("a").running > 0, "it runs")
+        rest = [asyncio.ensure_future(ask(room, max_tokens=4)) for _ in range(8)]
+        await room.until(lambda: room.balancer.snapshot().waiting > 0, "some wait")
+        engine.always(Fault())
+        assert await reloaded(room, id="renamed") == 200
+        assert [view.worker.id for view in room.balancer.snapshot().workers] == ["renamed"]
+        for answer in await asyncio.gather(*rest):
+            assert answer.choices[0].message.content
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
 
 
 # Certificates ...

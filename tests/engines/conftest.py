@@ -61,12 +61,14 @@ def start_agent(
 
 
 def engines_of(agent: RunningAgent) -> list[psutil.Process]:
-    """The first process of each engine, which is the leader of its group: agent, guard, engine."""
+    """The first process of each engine, which is the leader of its group: agent, guard, engine.
+
+    What keeps the machine awake has a guard, too, and listens nowhere.
+    """
     found = []
-    for helper in psutil.Process(agent.process.pid).children():
+    for guard in psutil.Process(agent.process.pid).children():
         with suppress(psutil.NoSuchProcess):
-            if any(word.endswith("guard.py") for word in helper.cmdline()):
-                found += helper.children()
+            found += [process for process in guard.children() if "--port" in process.cmdline()]
     return found
 
 

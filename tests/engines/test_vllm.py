@@ -210,7 +210,8 @@ async def test_streams_of_a_killed_engine_go_on_at_the_other(
     """`continues` is not told of the one without an agent: the balancer finds out with questions of its own,
     in the moment in which it first matters."""
     await asyncio.gather(report_of(client, agent, EngineState.READY), until_it_answers(client, plain))
-    async with open_room(*rows(agent, plain)) as room:
+    # Without comments the status waits for the first word, and its headers name the worker.
+    async with open_room(*rows(agent, plain), comment_after=120) as room:
         await room.ready(2)
         answers = [Told() for _ in QUESTIONS]
         asking = [

@@ -87,6 +87,8 @@ class Answer:
     """The connection ends in its proper form, and the stream does not."""
     piece_bytes: int | None = None
     """The stream comes in pieces of so many bytes."""
+    stalls: bool = False
+    """Of the body only its beginning comes."""
 
 
 PLAIN = Answer()
@@ -147,6 +149,15 @@ class RemoteApi:
             await response.write(data[at : at + size])
             await asyncio.sleep(0)
         return response
+
+
+async def _stalled(request: web.Request, answer: Answer) -> web.StreamResponse:
+    response = web.StreamResponse(status=answer.status, headers={"Content-Type": "application/json"})
+    response.content_length = 100
+    await response.prepare(request)
+    await response.write(b"{")
+    await asyncio.Event().wait()
+    return response
 
 
 def _said(answer: Answer) -> web.Response:
@@ -304,6 +315,8 @@ class OpenAiLike(RemoteApi):
         if (refused := self.insist(told)) is not None:
             return _said(refused)
         answer = self.next()
+        if answer.stalls:
+            return await _stalled(request, answer)
         if answer.body is not None:
             return _said(answer)
         if unknown := told.body.keys() - OPENAI_FIELDS:

@@ -155,10 +155,13 @@ def describe(path: str, name: str) -> LocalModel:
     Blocking. Raises `NotAModel`.
     """
     place = Path(path).expanduser()
-    if place.is_dir():
-        return _folder(place, name)
-    if place.is_file():
-        return _file(place, name)
+    try:
+        if place.is_dir():
+            return _folder(place, name)
+        if place.is_file():
+            return _file(place, name)
+    except OSError as error:  # a folder above it is not for us, or its file went while it was read
+        raise NotAModel(f"{path} cannot be read: {error.strerror or type(error).__name__}") from None
     if not _HUB_NAME.fullmatch(path) or path.lower().endswith((".gguf", ".safetensors", *PICKLES)):
         raise NotAModel(f"there is no file or folder {path}")
     return LocalModel(name=name, path=path, format=Format.HUB, origin="given")

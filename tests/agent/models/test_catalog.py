@@ -274,3 +274,8 @@ def test_what_is_no_path_is_a_hubs_name(tmp_path: Path) -> None:
     for path in ("/no/such/model", "./m", "no/such.gguf", "org/m.bin", str(tmp_path / "m.gguf")):
         with pytest.raises(NotAModel, match="there is no file or folder"):
             describe(path, "mine")
+
+
+def test_a_path_that_the_system_refuses_to_look_at_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(NotAModel, match="cannot be read: File name too long"):
+        describe(str(tmp_path / ("x" * 300) / "model"), "a")

@@ -469,3 +469,13 @@ def test_two_processes_do_not_write_one_model(hub: FakeHub, tmp_path: Path) -> N
         assert (second.code, "is being downloaded at this moment" in second.why) == (1, True)
         hub.release.set()
         assert first.wait(60) == 0
+
+
+def test_a_config_with_numbers_that_only_python_writes_is_read(hub: FakeHub, tmp_path: Path) -> None:
+    """As Mamba's relatives have it: `"time_step_limit": [0.0, Infinity]`."""
+    config = json.dumps({"num_hidden_layers": 2, "time_step_limit": [0.0, float("inf")]}).encode()
+    assert b"Infinity" in config
+    hub.add(FOLDER_REPO, transformers_folder(**{"config.json": config}))
+    ended = fetch(hub, tmp_path, FOLDER_REPO)
+    assert (ended.code, ended.why) == (0, "")
+    assert offered(tmp_path) == ["tiny"]

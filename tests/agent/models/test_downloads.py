@@ -309,3 +309,18 @@ async def test_two_at_once(hub: FakeHub, tmp_path: Path) -> None:
         hub.release.set()
         await asyncio.gather(scene.ended(), scene.ended("second"))
         assert [model.name for model in scene.catalog.scan()] == ["second", "tiny"]
+
+
+async def test_a_hub_that_claims_more_bytes_than_there_are_spoils_no_report(
+    hub: FakeHub, tmp_path: Path
+) -> None:
+    names = [f"tiny-Q4_K_M-0000{part}-of-00002.gguf" for part in (1, 2)]
+    huge = Faults(told_size=2**53 - 1)
+    hub.add(GGUF_REPO, dict.fromkeys(names, gguf()), faults=dict.fromkeys(names, huge))
+    scene = Scene(hub, tmp_path)
+    async with scene.running() as downloads:
+        downloads.start(ORDER)
+        ended = await scene.ended()
+    assert ended.state is DownloadState.FAILED
+    assert "more on the disk" in ended.detail
+    assert ended.total_bytes is None
