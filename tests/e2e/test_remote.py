@@ -9,6 +9,7 @@ import json
 import logging
 import ssl
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import openai
 import pytest
 import trustme
 
-from balancer import relay
+from balancer import app, relay
 from balancer.settings import SettingsError
 from balancer.upstream import Address
 from tests.e2e.conftest import OpenRoom, Room
@@ -485,7 +486,11 @@ async def test_a_new_key_does_not_go_to_the_address_of_before(
             assert len(after.told) == 1
 
 
-async def test_who_waits_while_all_workers_are_renamed_is_served(open_room: OpenRoom):
+async def test_who_waits_while_all_workers_are_renamed_is_served(
+    open_room: OpenRoom, monkeypatch: pytest.MonkeyPatch
+):
+    policy = app._dispatch_policy
+    monkeypatch.setattr(app, "_dispatch_policy", lambda given: replace(policy(given), settle_seconds=0.0))
     async with FakeEngine() as engine, open_room(one_at_a_time(engine, "a")) as room:
         await room.ready()
         engine.always(Fault.stall(at_token=2))

@@ -72,6 +72,15 @@ class Catalog:
             if _may_be_model(folder.name) and (folder / MANIFEST).is_file()
         )
 
+    def begun(self) -> tuple[tuple[str, int], ...]:
+        """The downloads that have not ended, by name, with the bytes that have come. Blocking."""
+        try:
+            folders = sorted(path for path in (self.folder / _STAGING).iterdir() if _is_folder(path))
+        except OSError:
+            return ()
+        come = ((folder.name, _bytes_in(folder)) for folder in folders if _may_be_model(folder.name))
+        return tuple((name, count) for name, count in come if count)
+
     def has(self, name: str) -> bool:
         """Whether there is a complete model of that name. Blocking, for as long as it takes to look."""
         try:
@@ -290,6 +299,15 @@ def _checked(name: str) -> str:
         return model_name(name)
     except BadName as error:
         raise NotAModel(str(error)) from None
+
+
+def _bytes_in(folder: Path) -> int:
+    """Of its files, without what is noted beside them."""
+    total = 0
+    for path in folder.rglob("[!.]*"):
+        with contextlib.suppress(OSError):  # it has just become whole
+            total += path.lstat().st_size if path.is_file() else 0
+    return total
 
 
 def _is_folder(path: Path) -> bool:

@@ -51,9 +51,16 @@ def commands(
         if json:
             rows = [_row(entry) for entry in entries]
             sys.stdout.buffer.write(orjson.dumps(rows, option=orjson.OPT_INDENT_2) + b"\n")
-        elif entries:
+            return
+        if entries:
             _show(entries)
-        else:
+        begun = catalog.begun()
+        for name, count in begun:
+            typer.echo(
+                f"{name} is not complete, {count / 2**30:.1f} GiB have come:"
+                f" download it again to go on, or: worker-agent models delete {name}"
+            )
+        if not entries and not begun:
             typer.echo(
                 f"no models in {catalog.folder} yet; fetch one:"
                 " worker-agent models download Qwen/Qwen2.5-3B-Instruct-GGUF"
@@ -141,6 +148,7 @@ async def _downloaded(catalog: Catalog, policy: DownloadPolicy, order: ModelOrde
         told = downloads.start(order)
         with _bar() as progress:
             task = progress.add_task(told.name, total=None)
+            noted = ""
             while told.state in (DownloadState.DOWNLOADING, DownloadState.VERIFYING):
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(changed.wait(), _LOOK_SECONDS)
@@ -148,6 +156,9 @@ async def _downloaded(catalog: Catalog, policy: DownloadPolicy, order: ModelOrde
                 told = downloads.told()[-1]
                 label = f"verifying {told.name}" if told.state is DownloadState.VERIFYING else told.name
                 progress.update(task, description=label, total=told.total_bytes, completed=told.done_bytes)
+                if told.detail != noted and told.state is DownloadState.DOWNLOADING and told.detail:
+                    progress.console.print(told.detail, style="dim", highlight=False, markup=False)
+                noted = told.detail
     return told
 
 

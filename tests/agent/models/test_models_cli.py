@@ -69,9 +69,14 @@ def test_a_download_that_failed_says_why_and_the_next_goes_on(shell: Shell, hub:
     failed = shell("download", GGUF_REPO)
     assert failed.exit_code == 1
     assert "what has come is kept: start it again to go on" in failed.output
+    listed = shell("list").output
+    assert "Tiny-GGUF is not complete" in listed
+    assert "worker-agent models delete Tiny-GGUF" in listed
+    assert json.loads(shell("list", "--json").output) == []
     repo.faults.clear()
     assert shell("download", GGUF_REPO).exit_code == 0
     assert hub.sent[FILE] == len(gguf())
+    assert "not complete" not in shell("list").output
 
 
 def test_what_cannot_be_is_refused_in_a_sentence(shell: Shell, hub: FakeHub) -> None:
