@@ -81,6 +81,10 @@ FAILED_RETRY_SECONDS = 30.0
 LONGEST_LOAD_RETRY_AFTER = 600.0
 """After a model that cannot be loaded, and at the longest after one that is being loaded: a load takes as
 long as it takes, and who comes earlier is turned away again."""
+SILENT_TOKENS = 5.0
+"""Beyond that, so many times what a token is expected to take: a slow machine pauses for longer."""
+BESIDE_A_LOAD = 4.0
+"""So many times as long while the machine is loading another model, which takes its disk and processors."""
 HEDGES_SAVED = 10
 """So many may be made at once, after a time without any."""
 _WRITES = frozenset({Endpoint.CHAT, Endpoint.COMPLETIONS})
@@ -445,13 +449,15 @@ class Dispatcher:
         longest = max((one.uncached for one in running if one.first is None), default=0.0)
         chunk = min(longest, learning.PREFILL_CHUNK_TOKENS) / speeds.prefill_tokens_per_second
         quiet = now - max(member.last_byte, first.reading_from)
+        patience = BESIDE_A_LOAD if member.is_loading else 1.0
         if begun:
-            stuck = quiet > SILENT_SECONDS + 3 * chunk
+            token = speeds.answering.at(member.load)
+            stuck = quiet > patience * (SILENT_SECONDS + 3 * chunk + SILENT_TOKENS * token)
         else:
             known = speeds.answers > 0  # of its speed nothing is known before: only the whole time limits it
             expected = first.expected + (speeds.overhead_seconds or 0.0)
-            late = now - first.reading_from > SILENT_UNBEGUN_SECONDS + 3 * expected
-            stuck = known and late and quiet > SILENT_UNBEGUN_SECONDS + 3 * chunk
+            late = now - first.reading_from > patience * (SILENT_UNBEGUN_SECONDS + 3 * expected)
+            stuck = known and late and quiet > patience * (SILENT_UNBEGUN_SECONDS + 3 * chunk)
         if not stuck:
             return []
         if member.breaker.phase is not Phase.OPEN or not member.breaker.stuck:
@@ -459,7 +465,9 @@ class Dispatcher:
         member.starts_slowly()
         self._fleet.forget_able()
         self._batch.evict(member.worker.id)
-        return [Abandon(ticket, f"nothing came for {quiet:.0f} s") for ticket in sorted(member.running)]
+        # Whoever waits there for a model to be loaded waits for the machine, not for this engine.
+        tickets = sorted(member.running.keys() - awaiting)
+        return [Abandon(ticket, f"nothing came for {quiet:.0f} s") for ticket in tickets]
 
     def _forget_stale(self, now: float) -> None:
         """Of models that nobody asks for any more."""

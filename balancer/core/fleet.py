@@ -366,6 +366,11 @@ class Member:
         load = self.loads.get(offer.own_name) if self.loads else None
         return 0.0 if load is None else load.wait(now)
 
+    @property
+    def is_loading(self) -> bool:
+        """Some model is being loaded there."""
+        return any(load.begun for load in self.loads.values())
+
     def note_loads(self, now: float) -> bool:
         """What it has reported of its models being loaded. True: something new can be asked of it, or
         something not any more."""

@@ -514,3 +514,30 @@ def test_while_people_chat_a_long_prompt_is_sliced_for_who_has_yet_to_load_the_m
     (grant,) = grants(room.ask(2, blocks=paper(1, 40), batch=True))
     assert grant.warm_chars is not None
     assert granted(room.ask(3, blocks=paper(2, 40), batch=True)) == [], "one is read at a time, and so waits"
+
+
+# An engine beside one that is being loaded
+
+
+def beside_a_load() -> Room:
+    """A machine that writes an answer of model m, its first token just come, while it loads model n."""
+    room = Room()
+    both = ModelOffer(name=M), ModelOffer(name=OTHER, loaded=False, loading=True, load_seconds=100)
+    room.add("only", replace(loaded(), models=both))
+    room.teach("only", prefill=1000, token=0.02)
+    room.ask(1)
+    room.begin(1, after=1.0)
+    return room
+
+
+def test_an_engine_may_be_silent_for_longer_while_its_machine_loads_another_model():
+    room = beside_a_load()
+    assert abandoned(room.ticks(15)) == []
+    assert set(abandoned(room.ticks(15))) == {1}
+    assert room.view("only").stuck
+
+
+def test_who_waits_for_a_load_is_not_abandoned_over_another_engine_of_the_machine():
+    room = beside_a_load()
+    assert granted(room.ask(2, model="n")) == [(2, "only")]
+    assert set(abandoned(room.ticks(30))) == {1}
