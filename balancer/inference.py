@@ -358,7 +358,7 @@ def _class_in(name: str | None) -> ServiceClass | None:
 
 
 def _is_local_only(value: str | None) -> bool:
-    if not value:
+    if value is None:
         return False
     meant = openai.read_flag(value)
     if meant is None:

@@ -51,7 +51,7 @@ from balancer.upstream import (
     Upstream,
     UpstreamError,
 )
-from balancer.worker_types import USER_AGENT, Translator, WorkerType, row_of
+from balancer.worker_types import USER_AGENT, Translator, WorkerType, row_of, without_key
 from worker_agent.wire import CONTINUE_HEADER, WAIT_HEADER
 
 log = logging.getLogger(__name__)
@@ -98,8 +98,6 @@ _KEY_IS_WRONG = re.compile(
 """How a message begins where an API says so with the status of a wrong request (xAI's, Google's)."""
 _CODE = re.compile(r"[\w.:\[\]-]{1,64}", re.ASCII)
 """What a worker's code for an error may be: it reaches logs and metrics."""
-_LEAST_KEY_CHARACTERS = 8
-"""Shorter ones are not looked for in a worker's words: they hold such letters anyway."""
 
 
 class Delivery(Protocol):
@@ -283,12 +281,7 @@ class Relay:
         return Rejected(rejected.status, message, code=code, param=param)
 
     def _hidden(self, worker: Worker, text: str | None) -> str | None:
-        """Without the worker's own key: some say what they were sent."""
-        for value in self._headers(worker).values():
-            key = value.rpartition(" ")[2]
-            if text and len(key) >= _LEAST_KEY_CHARACTERS:
-                text = text.replace(key, "***")
-        return text
+        return None if text is None else without_key(text, self._headers(worker))
 
     async def probe(self, probe: Probe) -> Ended:
         """Have a worker generate something that nobody asked for; says how it went."""

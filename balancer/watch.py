@@ -42,6 +42,7 @@ from balancer.worker_types import (
     named_models,
     row_of,
     said_in,
+    without_key,
 )
 from worker_agent import wire
 
@@ -286,7 +287,8 @@ class _Watch:
         try:
             condition = self._type.read_probe(status, body)
         except ProbeFailed as error:
-            raise Unreached(str(error), certain=error.certain) from error
+            # What a lost worker said is shown to everybody.
+            raise Unreached(without_key(str(error), self._headers), certain=error.certain) from error
         if self._type.is_remote:
             return named_models(self._worker, condition)
         if self._type.more and condition.models:

@@ -24,6 +24,8 @@ from balancer.identity import identity, ollama_identity
 
 MAX_PROBE_BYTES = 2 * 1024 * 1024  # vLLM spends about 500 bytes on a model, LM Studio 300
 MAX_MODELS = 1024
+LEAST_KEY_CHARACTERS = 8
+"""Of a key that is hidden in what a worker says: shorter ones are in any text."""
 MAX_NAME_CHARACTERS = 128
 MAX_PATH_CHARACTERS = 4096
 MAX_CONTEXT_TOKENS = 100_000_000
@@ -581,6 +583,15 @@ def _word(value: object) -> str:
 def _name(value: object) -> ModelName | None:
     usable = isinstance(value, str) and 1 <= len(value) <= MAX_NAME_CHARACTERS and value.isprintable()
     return ModelName(value) if usable and isinstance(value, str) else None
+
+
+def without_key(text: str, headers: Mapping[str, str]) -> str:
+    """What a worker said, without the key that it was sent: some repeat it. `headers`: those it was sent."""
+    for value in headers.values():
+        key = value.rpartition(" ")[2]
+        if len(key) >= LEAST_KEY_CHARACTERS:
+            text = text.replace(key, "***")
+    return text
 
 
 def said_in(body: bytes) -> str:

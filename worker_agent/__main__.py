@@ -37,7 +37,10 @@ _Engine = Annotated[
     str | None, typer.Option(help="auto, llama.cpp, llama-cpp-python, mlx or vllm.", show_default="auto")
 ]
 _Model = Annotated[
-    str | None, typer.Option(help="A GGUF file, a folder or a hub name.", show_default="embedded")
+    str | None,
+    typer.Option(
+        help="A downloaded model's name, a GGUF file, a folder or a hub name.", show_default="embedded"
+    ),
 ]
 _Name = Annotated[str | None, typer.Option(help="What clients ask for.", show_default="the model's")]
 _Id = Annotated[
@@ -51,7 +54,8 @@ _Context = Annotated[
 ]
 _Threads = Annotated[int | None, typer.Option(help="Of the engine.", show_default="all processors")]
 _DataDir = Annotated[
-    Path | None, typer.Option(help="Where the id is kept.", show_default="user's data folder")
+    Path | None,
+    typer.Option(help="Where the id, models and logs are kept.", show_default="user's data folder"),
 ]
 _Balancer = Annotated[list[str] | None, typer.Option(help="A balancer's URL to join; may be repeated.")]
 _NoMdns = Annotated[bool, typer.Option("--no-mdns", help="Do not advertise on the local network.")]
@@ -146,13 +150,14 @@ def doctor(
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
     engine: _Engine = None,
     model: _Model = None,
+    data_dir: _DataDir = None,
     config: _Config = None,
 ) -> None:
     """Shows this machine, its engines, which would run and why, what fits and how fast it would be.
 
     Ends with code 1 where none can run.
     """
-    settings = _settings(config, {"engine": engine, "model": model})
+    settings = _settings(config, {"engine": engine, "model": model, "data_dir": data_dir})
     inspection = _perform(agent.inspect(settings))
     findings = agent.findings(settings, inspection)
     if json:
@@ -163,12 +168,12 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _models_dir(config: Path | None) -> Path:
-    return agent.catalog_of(_settings(config, {})).folder
+def _models_dir(config: Path | None, data_dir: Path | None) -> Path:
+    return agent.catalog_of(_settings(config, {"data_dir": data_dir})).folder
 
 
-def _download_policy(config: Path | None) -> DownloadPolicy:
-    settings = _settings(config, {})
+def _download_policy(config: Path | None, data_dir: Path | None) -> DownloadPolicy:
+    settings = _settings(config, {"data_dir": data_dir})
     inspection = _perform(agent.inspect(settings))
     try:
         return agent.download_policy(settings, inspection)

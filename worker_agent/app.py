@@ -30,6 +30,7 @@ from worker_agent.engines.choice import (
     NoChoice,
     Wish,
     choose,
+    choose_for,
     preferred_format,
 )
 from worker_agent.gateway import Gateway, GatewayPolicy
@@ -87,6 +88,8 @@ class Inspection:
     hardware: Hardware
     installed: Installed
     choice: Choice | NoChoice
+    downloaded: LocalModel | None = None
+    """Where `--model` is the name of one that was downloaded: that one."""
 
 
 async def inspect(settings: Settings) -> Inspection:
@@ -94,14 +97,39 @@ async def inspect(settings: Settings) -> Inspection:
     hardware, found = await asyncio.gather(
         asyncio.to_thread(machine.detect), asyncio.to_thread(environment.detect)
     )
+    wish = Wish(engine=settings.engine, model=settings.model, name=settings.name)
+    downloaded: LocalModel | None = None
     choice: Choice | NoChoice
     try:
-        choice = choose(
-            hardware, found, Wish(engine=settings.engine, model=settings.model, name=settings.name)
-        )
+        downloaded = await asyncio.to_thread(_downloaded, settings)
+        if downloaded is None:
+            choice = choose(hardware, found, wish)
+        else:
+            own = settings.models.get(downloaded.name, ModelOptions())
+            engine = own.engine if settings.engine == "auto" else settings.engine
+            choice = choose_for(downloaded, hardware, found, replace(wish, engine=engine))
     except NoChoice as error:
         choice = error
-    return Inspection(hardware, found, choice)
+    return Inspection(hardware, found, choice, downloaded)
+
+
+def _downloaded(settings: Settings) -> LocalModel | None:
+    """The model that was downloaded under the name which `--model` gives; None: it gives no such name.
+
+    Blocking. Raises `NoChoice` where that model is damaged. A folder of that name is meant by `./NAME`.
+    """
+    name = settings.model
+    if name is None or "/" in name:
+        return None
+    try:
+        entries = catalog_of(settings).entries()
+    except OSError as error:
+        _LOG.warning("downloaded models cannot be read: %s", error.strerror or type(error).__name__)
+        return None
+    entry = next((entry for entry in entries if entry.name == name), None)
+    if entry is not None and entry.model is None:
+        raise NoChoice(f"{name} is damaged: {entry.fault}; download it again")
+    return None if entry is None else entry.model
 
 
 async def run(settings: Settings, *, exit_with_parent: bool = False) -> None:
@@ -138,7 +166,7 @@ def findings(settings: Settings, inspection: Inspection) -> dict[str, Any]:
         inspection.installed,
         inspection.choice,
         machine.measure_memory(),
-        options=_main_options(settings, inspection.choice),
+        options=_main_options(settings, inspection),
         share=settings.memory_share,
         models=models,
     )
@@ -188,7 +216,9 @@ async def _offers(settings: Settings, inspection: Inspection, catalog: Catalog) 
     order anything."""
     choice = inspection.choice
     main: Offer | None = None
-    if not isinstance(choice, NoChoice):
+    if settings.model is None and settings.models:
+        pass  # who names models does not want the small one besides
+    elif not isinstance(choice, NoChoice):
         main = await _main_offer(settings, inspection, choice)
     elif settings.model is not None or settings.engine != "auto" or await _has_no_other(settings, catalog):
         raise choice
@@ -227,10 +257,13 @@ async def _has_no_other(settings: Settings, catalog: Catalog) -> bool:
 async def _main_offer(settings: Settings, inspection: Inspection, choice: Choice) -> Offer:
     if choice.model.lower().endswith(".gguf") and not await asyncio.to_thread(_is_file, choice.model):
         raise NoChoice(f"there is no file {choice.model}")
-    options = _main_options(settings, choice)
+    options = _main_options(settings, inspection)
     expected: Plan | None = None
     try:
-        model = await asyncio.to_thread(describe, choice.model, choice.name)
+        if inspection.downloaded is None:
+            model = await asyncio.to_thread(describe, choice.model, choice.name)
+        else:
+            model = replace(inspection.downloaded, name=choice.name)
         expected = await asyncio.to_thread(
             plan_for, model, options, inspection.hardware, inspection.installed
         )
@@ -238,7 +271,13 @@ async def _main_offer(settings: Settings, inspection: Inspection, choice: Choice
         raise NoChoice(str(error)) from None
     except DoesNotFit:
         pass  # that is told as long as it is so
-    return Offer(model=model, plan=_planner(inspection, model, options), expected=expected, preload=True)
+    return Offer(
+        model=model,
+        plan=_planner(inspection, model, options),
+        expected=expected,
+        preload=True,
+        pinned=_own_options(settings, inspection).pin,
+    )
 
 
 def _is_file(path: str) -> bool:
@@ -265,14 +304,22 @@ def _once_it_is_there(
     return replace(offer, plan=plan)
 
 
-def _main_options(settings: Settings, choice: Choice | NoChoice) -> Options:
-    chosen = None if isinstance(choice, NoChoice) else choice
+def _own_options(settings: Settings, inspection: Inspection) -> ModelOptions:
+    """What the file says of the main model, where that is a downloaded one, which may have an entry there."""
+    model = inspection.downloaded
+    return ModelOptions() if model is None else settings.models.get(model.name, ModelOptions())
+
+
+def _main_options(settings: Settings, inspection: Inspection) -> Options:
+    chosen = None if isinstance(inspection.choice, NoChoice) else inspection.choice
+    own = _own_options(settings, inspection)
     return Options(
         engine=settings.engine if chosen is None else chosen.engine.name,
-        slots=settings.slots,
-        context_tokens=settings.context_tokens,
-        threads=settings.threads,
-        args=settings.args,
+        slots=own.slots or settings.slots,
+        context_tokens=own.context_tokens or settings.context_tokens,
+        threads=own.threads or settings.threads,
+        args=(*own.args, *settings.args),
+        environment=own.environment,
     )
 
 

@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import logging
 import math
+import re
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
@@ -38,6 +39,8 @@ _ENGINE_SECONDS: Mapping[str, float] = {"vllm": 60.0}  # from spawn to ready bes
 _OTHER_ENGINE_SECONDS = 3.0
 _BYTES_PER_SECOND = 1e9  # of weights read from disk
 _UNKNOWN_LOAD_SECONDS = 60.0  # of a model whose size nobody knows
+_MOST_GUESSED_PROGRESS = 2 / 3  # where the time that a load takes was never measured
+_NUMBER = re.compile(r"\d+(\.\d+)?")
 
 Measure: TypeAlias = Callable[[Collection[int], Mapping[Pool, int]], Mapping[Pool, MemoryNow]]
 """What models may take of each pool now (`available_bytes`), those included that run below these process ids;
@@ -111,6 +114,8 @@ class _Model:
     fault: str = ""
     fault_code: str = ""
     fault_ends: float = -math.inf
+    logged: set[str] = field(default_factory=set)
+    """Why it could not be loaded, numbers apart, since it was last loaded or ordered."""
     engine: SupervisedEngine | None = None
     resident: Resident | None = None
     leave: asyncio.Event = field(default_factory=asyncio.Event)
@@ -403,6 +408,7 @@ class Residents:
         model = self._models[name]
         self._residency.forgive(name)
         model.fault, model.fault_ends, model.planned_at = "", -math.inf, -math.inf
+        model.logged.clear()
         if self._residency.phase(name) not in (Phase.LOADING, Phase.READY):
             self._residency.wish(name, _now(), lasting=True)
         self._look_again()
@@ -609,7 +615,9 @@ class Residents:
 
     def _cannot(self, model: _Model, why: str, code: str, told_until: float) -> None:
         """It cannot be loaded as things are: those who wait are told so, and the reports."""
-        if why != model.fault:
+        reason = _NUMBER.sub("", why)  # what is free changes all the time
+        if reason not in model.logged:
+            model.logged.add(reason)
             _LOG.warning("%s cannot be loaded: %s", model.name, why)
         self._residency.refused(model.name)
         model.fault, model.fault_code, model.fault_ends = why, code, told_until
@@ -625,6 +633,7 @@ class Residents:
         need = "not known" if plan.need is None else f"{plan.need.total_bytes / _GIB:.1f} GiB"
         _LOG.info("loading %s with %s; it needs %s", model.name, plan.spec.name, need)
         model.fault, model.fault_ends, model.given_up = "", -math.inf, ""
+        model.logged.clear()
         model.leave, model.gone = asyncio.Event(), asyncio.Event()
         engine = model.engine = SupervisedEngine(
             plan,
@@ -729,7 +738,7 @@ class Residents:
             engine=self._engine_state(model, fault=fault),
             progress=self._progress(model, now),
             eta_seconds=None if fault else self._eta(model, now),
-            load_seconds=self._load_seconds(model),
+            load_seconds=self._expected_seconds(model, now),
             detail=detail,
             fault=fault,
             at_start=model.at_start,
@@ -752,15 +761,23 @@ class Residents:
         engine = _ENGINE_SECONDS.get(model.plan.spec.name, _OTHER_ENGINE_SECONDS)
         return engine + size / _BYTES_PER_SECOND
 
+    def _expected_seconds(self, model: _Model, now: float) -> float:
+        """Of the load that is under way, else of the next one. A guess grows with the time that has gone, so
+        that nobody is told of an end that does not come."""
+        load = self._load_seconds(model)
+        if model.starting_since is None or model.load_seconds is not None:
+            return load
+        return max(load, (now - model.starting_since) / _MOST_GUESSED_PROGRESS)
+
     def _progress(self, model: _Model, now: float) -> float | None:
         if model.starting_since is None:
             return None
-        return min(_MOST_PROGRESS, (now - model.starting_since) / self._load_seconds(model))
+        return min(_MOST_PROGRESS, (now - model.starting_since) / self._expected_seconds(model, now))
 
     def _eta(self, model: _Model, now: float) -> float | None:
         """Until it can answer; None: it can, or nobody knows."""
         phase = self._residency.phase(model.name)
-        load = self._load_seconds(model)
+        load = self._expected_seconds(model, now)
         if model.starting_since is not None:
             gone = now - model.starting_since
             return max(load - gone, 0.2 * gone)  # one that is late is told to be late in proportion

@@ -27,7 +27,7 @@ from worker_agent.supervised import Serving
 
 _LOG = logging.getLogger(__name__)
 _CHAT_PATH = "/v1/chat/completions"
-_GONE_SECONDS = 0.5  # a process that is gone is known within 0.1 s (RELIABILITY S1)
+_GONE_SECONDS = 1.5  # its guard waits for a second for what the engine has left behind
 _LOOK_SECONDS = 2.0  # for the page that tells how busy it is
 _PAGE_BYTES = 1024 * 1024
 _TAKEN_SECONDS = 0.25  # by then an engine has read a request, and counts it

@@ -317,13 +317,15 @@ def parse(endpoint: Endpoint, body: bytes, key: bytes = b"") -> Request:
 
 def _is_local_only(metadata: Any) -> bool:
     """Raises `BadRequest` for what might mean it: who misspells it must not find their prompts elsewhere."""
-    told = metadata.get("local_only") if isinstance(metadata, dict) else None
-    if told is None or isinstance(told, bool):
-        return bool(told)
-    meant = read_flag(told) if isinstance(told, str) else None
-    if meant is None:
+    if metadata is None:
+        return False
+    if not isinstance(metadata, dict):
+        raise BadRequest("'metadata' must be an object.", param="metadata")
+    told = [value for key, value in metadata.items() if key.strip().lower().replace("-", "_") == "local_only"]
+    flags = [read_flag(value) if isinstance(value, str) else value for value in told if value is not None]
+    if not all(isinstance(flag, bool) for flag in flags) or len(set(flags)) > 1:
         raise BadRequest("'metadata.local_only' must be true or false.", param="metadata.local_only")
-    return meant
+    return True in flags
 
 
 def read_flag(text: str) -> bool | None:

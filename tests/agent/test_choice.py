@@ -36,6 +36,12 @@ def test_a_plain_machine_serves_the_embedded_model_with_llama_cpp() -> None:
     )
 
 
+def test_a_plain_machine_is_told_how_to_fetch_a_larger_model() -> None:
+    [advice] = choose(LINUX, QUICKSTART, Wish()).advice
+    assert "uv run worker-agent models download ORG/MODEL" in advice
+    assert "uv run worker-agent run --model NAME" in advice
+
+
 def test_a_gpu_box_without_vllm_works_at_once_and_is_told_the_command_that_does_better() -> None:
     choice = choose(GPU_BOX, QUICKSTART, Wish())
     assert choice.engine.name == "llama.cpp"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -10,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from worker_agent import installed
 
 
 def worker_agent(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -89,6 +92,35 @@ def test_a_parent_that_holds_no_pipe_is_told_so_before_anything_runs(stdin: str,
     assert answer.returncode == 2
     assert answer.stderr.startswith("--exit-with-parent needs a standard input that is a pipe or a socket")
     assert "Traceback" not in answer.stderr
+
+
+def test_doctor_finds_a_downloaded_model_by_its_name(tmp_path: Path) -> None:
+    place = downloaded(tmp_path, "tiny")
+    words = ("doctor", "--json", "--engine", "llama.cpp", "--model", "tiny", "--data-dir", str(tmp_path))
+    findings = json.loads(worker_agent(*words).stdout)
+    assert (findings["engine"], findings["name"], findings["model"]) == ("llama.cpp", "tiny", str(place))
+    assert [model["name"] for model in findings["models"]] == ["tiny"]
+
+
+def test_a_downloaded_model_that_is_damaged_is_not_taken_for_something_else(tmp_path: Path) -> None:
+    downloaded(tmp_path, "tiny").unlink()
+    answer = worker_agent("run", "--model", "tiny", "--data-dir", str(tmp_path), "--port", "0")
+    assert answer.returncode == 2
+    assert answer.stderr.endswith("tiny is damaged: tiny.gguf is missing; download it again\n")
+
+
+def downloaded(data_dir: Path, name: str) -> Path:
+    """The file of a model as a download leaves it."""
+    file = data_dir / "models" / name / f"{name}.gguf"
+    file.parent.mkdir(parents=True)
+    embedded = installed.detect().embedded_model
+    assert embedded is not None
+    content = Path(embedded).read_bytes()
+    file.write_bytes(content)
+    told = {"name": file.name, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest = {"name": name, "repo": "org/tiny", "commit": "c" * 40, "format": "gguf", "main": file.name}
+    (file.parent / "model.json").write_text(json.dumps({**manifest, "files": [told]}))
+    return file
 
 
 def test_doctor_fails_where_the_model_is_not_there() -> None:

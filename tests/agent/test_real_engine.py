@@ -22,7 +22,8 @@ from worker_agent.wire import EngineState, Report
 pytestmark = [pytest.mark.real_engine, pytest.mark.timeout(300)]
 
 CHAT = "/v1/chat/completions"
-COUNT = "Count to a thousand."
+LONG_STORY = "Write a very long story about a tree."
+"""It takes 1500 tokens at least."""
 LONG_PROMPT = "The quick brown fox jumps over the lazy dog. " * 150
 """1500 tokens: ten seconds of prefill on one slow thread."""
 
@@ -122,7 +123,7 @@ async def test_a_client_that_leaves_while_tokens_come_frees_the_engines_slot(
 ) -> None:
     await report_of(client, shared_agent, EngineState.READY)
     made = await metric(client, shared_agent, "tokens_predicted_total")
-    async with client.post(shared_agent.url + CHAT, json=question(COUNT, tokens=1500)) as answer:
+    async with client.post(shared_agent.url + CHAT, json=question(LONG_STORY, tokens=1500)) as answer:
         await answer.content.readany()
     await until_it_rests(shared_agent)
     assert await metric(client, shared_agent, "requests_processing") == 0
@@ -133,7 +134,7 @@ async def test_a_slot_counts_as_taken_until_the_engine_has_let_go_of_it(
     client: aiohttp.ClientSession, shared_agent: RunningAgent
 ) -> None:
     await report_of(client, shared_agent, EngineState.READY)
-    async with client.post(shared_agent.url + CHAT, json=question(COUNT, tokens=1500)) as answer:
+    async with client.post(shared_agent.url + CHAT, json=question(LONG_STORY, tokens=1500)) as answer:
         await answer.content.readany()
     await until_nothing_runs(client, shared_agent)
     assert await metric(client, shared_agent, "requests_processing") == 0
@@ -248,7 +249,7 @@ async def test_an_engine_killed_mid_answer_is_told_and_generates_again_soon(
 ) -> None:
     await report_of(client, own_agent, EngineState.READY)
     first = own_agent.engine().pid
-    async with client.post(own_agent.url + CHAT, json=question(COUNT, tokens=1500)) as answer:
+    async with client.post(own_agent.url + CHAT, json=question(LONG_STORY, tokens=1500)) as answer:
         await answer.content.readany()
         os.kill(first, signal.SIGKILL)
         assert last_error(await answer.read()) == "engine_died"
@@ -298,7 +299,7 @@ async def test_a_second_signal_does_not_wait_for_running_answers(
     client: aiohttp.ClientSession, own_agent: RunningAgent
 ) -> None:
     await report_of(client, own_agent, EngineState.READY)
-    async with client.post(own_agent.url + CHAT, json=question(COUNT, tokens=1900)) as answer:
+    async with client.post(own_agent.url + CHAT, json=question(LONG_STORY, tokens=1900)) as answer:
         await answer.content.readany()
         own_agent.process.send_signal(signal.SIGTERM)
         await report_of(client, own_agent, EngineState.STOPPING)

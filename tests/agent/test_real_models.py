@@ -14,6 +14,7 @@ import pytest
 
 from agent.conftest import MODEL, RunningAgent, end_agent, start_agent
 from agent.scenes import until
+from agent.test_command_line import downloaded
 from worker_agent import handshake, installed, wire
 from worker_agent.wire import ModelState, Report, ServedModel
 
@@ -40,7 +41,8 @@ def agent(tmp_path: Path) -> Iterator[RunningAgent]:
         "expected": {},
     }
     config.write_text(json.dumps({"models": models, "cluster_key": KEY}))
-    running = start_agent(tmp_path / "data", ("--config", str(config)))
+    first = ("--model", path, "--name", MODEL)
+    running = start_agent(tmp_path / "data", ("--config", str(config), *first))
     yield running
     print("\n".join(line for line in running.log if "DEBUG" not in line))
     end_agent(running)
@@ -93,6 +95,21 @@ async def test_a_second_model_is_loaded_on_demand_beside_the_first_and_unloaded_
     await model_of(client, agent, "second", is_in(ModelState.UNLOADED))
     assert await served(client, agent, MODEL)
     await until(lambda: engines(agent) == 1)
+
+
+async def test_a_downloaded_model_is_the_main_one_where_its_name_was_given(
+    client: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    downloaded(tmp_path, "tiny")
+    config = tmp_path / "agent.json"
+    config.write_text(json.dumps({"models": {"tiny": {"slots": 3}}}))
+    running = start_agent(tmp_path, ("--model", "tiny", "--config", str(config)))
+    try:
+        report = await model_of(client, running, "tiny", is_in(ModelState.LOADED))  # nobody asked for it
+        assert [(model.name, model.slots) for model in report.models] == [("tiny", 3)]
+        assert await served(client, running, "tiny")
+    finally:
+        end_agent(running)
 
 
 async def test_a_model_is_loaded_and_unloaded_by_order_of_whoever_holds_the_key(

@@ -201,6 +201,43 @@ async def test_how_far_a_load_is_is_told_and_what_it_took_is_what_the_next_one_i
     assert 0.08 <= told.load_seconds < 4
 
 
+async def test_a_load_that_takes_longer_than_was_guessed_is_told_no_end_that_does_not_come(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = room.machine
+    machine.offer("a", 4, "held")
+    asking = asyncio.ensure_future(room.served("a"))
+    await until(lambda: machine.residents._models["a"].starting_since is not None)
+    model = machine.residents._models["a"]
+    began = model.starting_since
+    assert began is not None
+    for gone in (5.0, 20.0, 60.0):  # of 4 s that were guessed
+        standing = machine.residents._standing(model, began + gone)
+        assert standing.progress == pytest.approx(2 / 3)
+        assert standing.eta_seconds == pytest.approx(gone / 2)
+        assert standing.load_seconds == pytest.approx(gone * 1.5)
+    machine.release("a")
+    assert await asking
+
+
+async def test_why_one_does_not_fit_is_logged_once_however_the_numbers_change(
+    room: Room, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine = room.machine
+    machine.offer("big", 12)
+    told = set()
+    for machine.gib in (10.0, 9.5, 9.0):
+        told.add(str((await room.refusal("big"))[1]["message"]))
+    assert len(told) == 3  # who asks is told what is true now
+    assert caplog.text.count("big cannot be loaded") == 1
+    machine.gib = 16
+    assert await room.served("big")
+    await machine.residents.unload("big")
+    machine.gib = 10
+    await room.refusal("big")
+    assert caplog.text.count("big cannot be loaded") == 2
+
+
 async def test_one_who_cannot_wait_as_long_is_told_at_once_how_long_and_the_load_goes_on(room: Room) -> None:
     machine = room.machine
     machine.offer("a", 4, "held")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from balancer.core.model import Condition, Endpoint, ModelName, ModelOffer, Worker, WorkerId
@@ -462,6 +462,7 @@ metrics = st.lists(
 ).map(lambda lines: "".join(lines).encode())
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # on a busy machine, four such answers are
 @given(
     name=st.sampled_from(sorted(WORKER_TYPES)),
     status=st.sampled_from([200, 204, 302, 401, 404, 500, 503]),

@@ -52,7 +52,7 @@ def test_a_worker_is_always_asked_for_the_usage_of_a_stream():
 @pytest.mark.parametrize(
     "field",
     [
-        *("draft_model", "n_discard", "user", "store", "metadata", "service_tier", "keep_alive", "options"),
+        *("draft_model", "n_discard", "user", "store", "service_tier", "keep_alive", "options"),
         *("safety_identifier", "verbosity", "prediction", "prompt_cache_key", "chat_parser", "invented"),
     ],
 )
@@ -527,8 +527,8 @@ def test_what_makes_no_sense_of_a_load_is_not_believed(told):
         ({"local_only": False}, False),
         ({"local_only": "false"}, False),
         ({"local_only": None}, False),
+        ({"Local-Only": True}, True),
         ({"project": "x"}, False),
-        (["local_only"], False),
         (None, False),
     ],
 )
@@ -537,6 +537,15 @@ def test_a_request_may_say_that_it_stays_in_the_room(metadata, meant):
     request = parse(Endpoint.CHAT, orjson.dumps(body))
     assert request.local_only is meant
     assert b"metadata" not in request.body
+
+
+@pytest.mark.parametrize(
+    "metadata", ["local_only", ["local_only"], {"local_only": True, "Local_Only": False}]
+)
+def test_who_may_mean_it_and_does_not_say_so_is_not_sent_elsewhere(metadata):
+    body = {"model": "m", "messages": [{"role": "user", "content": "x"}], "metadata": metadata}
+    with pytest.raises(BadRequest, match="metadata"):
+        parse(Endpoint.CHAT, orjson.dumps(body))
 
 
 @pytest.mark.parametrize("told", ["yes", 1, [True], {}])

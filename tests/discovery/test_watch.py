@@ -406,6 +406,19 @@ async def test_the_key_of_a_worker_goes_with_the_probe(room):
     await room.reported()
 
 
+async def test_a_worker_that_repeats_its_key_tells_nobody_else(room):
+    async def openai(request):
+        told = f"no account for {request.headers['Authorization']}"
+        return web.json_response({"error": {"message": told}}, status=500)
+
+    url = await room.serve(openai)
+    headers = {"Authorization": "Bearer canary-key-0123"}
+    room.watches.follow(Worker(id=WorkerId("a"), type="openai", url=url), headers)
+    reason = (await room.lost()).reason
+    assert "no account for Bearer ***" in reason
+    assert "canary" not in reason
+
+
 async def test_one_failed_probe_is_forgiven_two_in_a_row_are_not(room):
     answers = iter([200, 500, 200, 500, 500, 200])
 

@@ -39,7 +39,8 @@ def gguf() -> Path:
 async def agent(room: Room, tmp_path: Path, **variables: str) -> AsyncIterator[Command]:
     """It has its first model loaded, and another one on disk."""
     config = tmp_path / "agent.json"
-    config.write_text(json.dumps({"models": {"second": {"path": str(gguf())}}}))
+    first = {"model": str(gguf()), "name": "smollm2-135m-instruct"}
+    config.write_text(json.dumps({**first, "models": {"second": {"path": str(gguf())}}}))
     words = (
         *("worker_agent", "run", "--id", "mac", "--host", "127.0.0.1", "--port", "0", "--no-mdns"),
         *("--balancer", room.url, "--data-dir", str(tmp_path / "mac"), "--threads", "1"),

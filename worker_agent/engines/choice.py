@@ -140,6 +140,18 @@ def choose(hardware: Hardware, installed: Installed, wish: Wish) -> Choice:
     )
 
 
+def choose_for(model: LocalModel, hardware: Hardware, installed: Installed, wish: Wish) -> Choice:
+    """What to run for a model that lies here in a known form. Raises `NoChoice`."""
+    spec, why = engine_for(model, hardware, installed, wish.engine)
+    return Choice(
+        engine=spec,
+        model=model.path,
+        name=wish.name or model.name,
+        program=installed.llama_server if spec is LLAMA_CPP else None,
+        why=why,
+    )
+
+
 def preferred_format(hardware: Hardware, installed: Installed) -> tuple[Format, ...]:
     """In which forms a model should be fetched for this machine, best first: what the installed engines read;
     where none is installed, what the one would read that is to be installed first."""
@@ -209,7 +221,10 @@ def _named(engine: str) -> EngineSpec:
 
 def _cannot_serve(model: str, best: EngineSpec, because: str) -> str:
     if best is LLAMA_CPP:
-        return f"{model!r} is not a GGUF file, and {because}: force another engine with --engine"
+        return (
+            f"{model!r} is neither a GGUF file nor a downloaded model's name (see: worker-agent models list),"
+            f" and {because}: force another engine with --engine"
+        )
     return f"{model!r} is for {best.name}, which is not installed; type: {_command(best, model)}"
 
 
@@ -239,7 +254,10 @@ def _llama_cpp(
     if not installed.has(spec):
         raise NoChoice(f"{spec.name} is not installed; type: {spec.install}")
     if wish.model is not None and not _is_gguf(wish.model):
-        raise NoChoice(f"{spec.name} serves GGUF files, and {wish.model!r} is not one")
+        raise NoChoice(
+            f"{spec.name} serves GGUF files, and {wish.model!r} is neither one nor a downloaded model's name"
+            " (see: worker-agent models list)"
+        )
     advice = _advice(hardware, installed) if wish.engine == "auto" and wish.model is None else ()
     model, context_tokens = wish.model, None
     if model is None:
@@ -273,7 +291,8 @@ def _advice(hardware: Hardware, installed: Installed) -> tuple[str, ...]:
     if best is LLAMA_CPP:
         return (
             f"{EMBEDDED_NAME} is a very small model: download a larger one as GGUF that fits"
-            f" {gib(hardware.memory_bytes)}, then: uv run worker-agent run --model FILE.gguf",
+            f" {gib(hardware.memory_bytes)} (uv run worker-agent models download ORG/MODEL), then:"
+            " uv run worker-agent run --model NAME, or --model FILE.gguf for a file that you have",
         )
     model = _suggested(best, hardware)
     step = "" if installed.has(best) else f" (installs {best.name})"

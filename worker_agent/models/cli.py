@@ -25,28 +25,37 @@ from rich.table import Table
 
 from worker_agent.models.catalog import Catalog, Entry, NotAModel
 from worker_agent.models.downloads import DownloadPolicy, DownloadRefused, Downloads
+from worker_agent.models.names import name_for
+from worker_agent.models.selection import is_wanted
 from worker_agent.wire import Download, DownloadState, ModelOrder
 
 _LOOK_SECONDS = 0.2
 _FAILED, _WRONG_USE, _INTERRUPTED = 1, 2, 130
 
 _Config = Annotated[Path | None, typer.Option(help="The agent's JSON file with settings.")]
+_DataDir = Annotated[
+    Path | None,
+    typer.Option(help="The agent's --data-dir, where models lie.", show_default="user's data folder"),
+]
 _Name = Annotated[str, typer.Argument(help="The model's name, as `models list` shows it.")]
 
 
 def commands(
-    folder: Callable[[Path | None], Path], policy: Callable[[Path | None], DownloadPolicy]
+    folder: Callable[[Path | None, Path | None], Path],
+    policy: Callable[[Path | None, Path | None], DownloadPolicy],
 ) -> typer.Typer:
-    """The sub-commands. Both arguments are called with the settings file that the user gave: `folder` tells
-    where models lie, `policy` how they are fetched. What they raise ends the command."""
+    """The sub-commands. Both arguments are called with the settings file and the data folder that the user
+    gave: `folder` tells where models lie, `policy` how they are fetched. What they raise ends the command."""
     app = typer.Typer(no_args_is_help=True, help="The models on this machine's disk.")
 
     @app.command("list")
     def list_(
-        json: Annotated[bool, typer.Option("--json", help="For programs.")] = False, config: _Config = None
+        json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+        config: _Config = None,
+        data_dir: _DataDir = None,
     ) -> None:
         """Shows what was downloaded, and what of it is damaged."""
-        catalog = Catalog(folder(config))
+        catalog = Catalog(folder(config, data_dir))
         entries = _entries(catalog)
         if json:
             rows = [_row(entry) for entry in entries]
@@ -75,15 +84,20 @@ def commands(
         name: Annotated[str | None, typer.Option(help="What clients ask for.", show_default="MODEL")] = None,
         revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
         config: _Config = None,
+        data_dir: _DataDir = None,
     ) -> None:
         """Fetches a model and verifies it; run again after an interruption, it goes on where it was."""
         try:
             order = ModelOrder(name=name or repo, repo=repo, revision=revision, file=file)
         except ValueError:
             _give_up(f"{repo[:100]!a} is not a repository's name; it looks like org/model", _WRONG_USE)
+        catalog = Catalog(folder(config, data_dir))
         try:
-            ended = asyncio.run(_downloaded(Catalog(folder(config)), policy(config), order))
+            ended = asyncio.run(_downloaded(catalog, policy(config, data_dir), order))
         except DownloadRefused as error:
+            if error.code == "model_exists" and (there := _the_same(catalog, order)) is not None:
+                typer.echo(f"{there} is here already, verified when it came")
+                return
             _give_up(str(error), _WRONG_USE)
         except KeyboardInterrupt:
             _give_up("stopped; what has come is kept: run the same command again to go on", _INTERRUPTED)
@@ -92,10 +106,10 @@ def commands(
         typer.echo(f"{ended.name} is here, verified")
 
     @app.command()
-    def delete(name: _Name, config: _Config = None) -> None:
+    def delete(name: _Name, config: _Config = None, data_dir: _DataDir = None) -> None:
         """Removes a model, or what has come of one."""
         try:
-            Catalog(folder(config)).delete(name)
+            Catalog(folder(config, data_dir)).delete(name)
         except NotAModel as error:
             _give_up(str(error), _FAILED)
         typer.echo(f"{name} is deleted")
@@ -104,12 +118,13 @@ def commands(
     def verify(
         name: Annotated[str | None, typer.Argument(help="Which model.", show_default="all")] = None,
         config: _Config = None,
+        data_dir: _DataDir = None,
     ) -> None:
         """Reads models again and compares them with what was verified when they came.
 
         A file that differs goes to the quarantine; download the model again to mend it.
         """
-        catalog = Catalog(folder(config))
+        catalog = Catalog(folder(config, data_dir))
         names = [name] if name is not None else [entry.name for entry in _entries(catalog)]
         faults = [fault for model in names if (fault := _verified(catalog, model)) is not None]
         if faults:
@@ -137,6 +152,21 @@ def _verified(catalog: Catalog, name: str) -> str | None:
         return f"{name}: {', '.join(wrong)} changed and lies in the quarantine now; download it again"
     typer.echo(f"{name} is as it was when it came")
     return None
+
+
+def _the_same(catalog: Catalog, order: ModelOrder) -> str | None:
+    """The name of the model that is here and is what this order asks for; None: it is another one."""
+    repo = order.repo or order.name
+    name = name_for(repo) if order.name == repo else order.name
+    entry = next((entry for entry in _entries(catalog) if entry.name == name), None)
+    manifest = None if entry is None else entry.manifest
+    if manifest is None or manifest.repo != repo:
+        return None
+    if order.revision is not None and order.revision not in (manifest.revision, manifest.commit):
+        return None
+    if order.file is not None and (manifest.main is None or not is_wanted(manifest.main, order.file)):
+        return None
+    return name
 
 
 async def _downloaded(catalog: Catalog, policy: DownloadPolicy, order: ModelOrder) -> Download:

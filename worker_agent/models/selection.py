@@ -179,10 +179,19 @@ def _check_sizes(repo: str, files: Sequence[HubFile]) -> None:
             raise NothingToFetch(f"{repo} has both {other} and {file.name}, which some disks take for one")
 
 
+def is_wanted(main: str, wanted: str) -> bool:
+    """Whether this GGUF file is what `wanted` says: its name, that of one of its parts, or a quantisation."""
+    return _has_name(main, wanted) or quantization(main) == wanted.upper()
+
+
+def _has_name(main: str, wanted: str) -> bool:
+    return wanted in (main, main.rpartition("/")[2], *shard_names(main))
+
+
 def _wanted(repo: str, files: Sequence[HubFile], wanted: str) -> Selection:
     choices = _gguf(files, every=True)
     for choice in choices:
-        if wanted in (choice.main, choice.main.rpartition("/")[2], *shard_names(choice.main)):
+        if _has_name(choice.main, wanted):
             return choice
     for choice in choices:
         if choice.quantization == wanted.upper():

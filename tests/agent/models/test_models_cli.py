@@ -26,7 +26,11 @@ class Shell:
             margin_bytes=0,
             retry_seconds=0.0,
         )
-        self.app = commands(lambda _config: folder, lambda _config: self.policy)
+        self._folder = folder
+        self.app = commands(self.folder, lambda _config, _data_dir: self.policy)
+
+    def folder(self, _config: Path | None, data_dir: Path | None) -> Path:
+        return self._folder if data_dir is None else data_dir / "models"
 
     def __call__(self, *words: str) -> Result:
         return CliRunner().invoke(self.app, list(words))
@@ -91,10 +95,32 @@ def test_what_cannot_be_is_refused_in_a_sentence(shell: Shell, hub: FakeHub) -> 
         result = shell(*words)
         assert (result.exit_code, why in result.output) == (code, True), result.output
         assert result.output.count("\n") == 1
+
+
+def test_what_is_here_already_is_no_failure_and_another_model_of_its_name_is(
+    shell: Shell, hub: FakeHub
+) -> None:
+    hub.add(GGUF_REPO, {FILE: gguf(), "tiny-Q8_0.gguf": gguf(seed=2)})
+    hub.add("other/Tiny-GGUF", {FILE: gguf(seed=3)})
+    shell("download", GGUF_REPO, "--file", "Q4_K_M")
+    for words in ((), ("--file", "Q4_K_M"), ("--file", FILE), ("--name", "Tiny-GGUF")):
+        again = shell("download", GGUF_REPO, *words)
+        assert (again.exit_code, "Tiny-GGUF is here already" in again.output) == (0, True), words
+    for words in ((GGUF_REPO, "--file", "Q8_0"), (GGUF_REPO, "--revision", "v2"), ("other/Tiny-GGUF",)):
+        another = shell("download", *words)
+        assert (another.exit_code, "give another name" in another.output) == (2, True), words
+
+
+def test_the_data_folder_of_an_agent_is_told_like_to_the_agent_itself(
+    shell: Shell, hub: FakeHub, tmp_path: Path
+) -> None:
     hub.add(GGUF_REPO, {FILE: gguf()})
-    shell("download", GGUF_REPO)
-    again = shell("download", GGUF_REPO)
-    assert (again.exit_code, "is here already" in again.output) == (2, True)
+    elsewhere = ("--data-dir", str(tmp_path / "elsewhere"))
+    assert shell("download", GGUF_REPO, *elsewhere).exit_code == 0
+    assert "no models in" in shell("list").output
+    assert shell("list", *elsewhere).output.startswith("Tiny-GGUF\t")
+    assert shell("verify", *elsewhere).output == "Tiny-GGUF is as it was when it came\n"
+    assert shell("delete", "Tiny-GGUF", *elsewhere).exit_code == 0
 
 
 def test_a_damaged_model_is_shown_and_mended_by_a_download(
