@@ -278,7 +278,9 @@ def detect() -> Hardware:
         architecture=architecture,
         cores=usable_cores(_affinity(), _cpu_quota()),
         memory_bytes=memory_under(memory, memory, _memory_groups()).total_bytes,
-        apple_chip=(_ask(["sysctl", "-n", "machdep.cpu.brand_string"]).strip() or None) if apple else None,
+        apple_chip=(printed_by(["sysctl", "-n", "machdep.cpu.brand_string"]).strip() or None)
+        if apple
+        else None,
         gpus=_gpus(),
     )
 
@@ -311,14 +313,14 @@ def resident_bytes(pids: Collection[int]) -> Mapping[Pool, int]:
     if not family:
         return {Pool.RAM: 0, Pool.VRAM: 0}
     if platform.system() == "Darwin":
-        table = parse_top(_ask(["top", "-l", "1", "-stats", "pid,mem"]))
+        table = parse_top(printed_by(["top", "-l", "1", "-stats", "pid,mem"]))
         ram = sum(table[pid] if pid in table else _rss(pid) for pid in family)
     elif Path("/proc/self/status").exists():
         ram = sum(parse_anonymous(_read(Path(f"/proc/{pid}/status"))) for pid in family)
     else:
         ram = sum(map(_rss, family))
     apps = parse_compute_apps(
-        _ask(["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"])
+        printed_by(["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"])
     )
     return {Pool.RAM: ram, Pool.VRAM: sum(held for pid, held in apps.items() if pid in family)}
 
@@ -328,14 +330,14 @@ def _ram() -> MemoryNow:
     memory = psutil.virtual_memory()
     total, available = found or (memory.total, memory.available)
     if platform.system() == "Darwin" and platform.machine() == "arm64":
-        limit = metal_limit(total, _ask(["sysctl", "-n", "iogpu.wired_limit_mb"]))
+        limit = metal_limit(total, printed_by(["sysctl", "-n", "iogpu.wired_limit_mb"]))
         return MemoryNow(total_bytes=limit, available_bytes=min(available, limit))
     return memory_under(total, available, _memory_groups())
 
 
 def _gpus() -> tuple[Gpu, ...]:
     found = parse_nvidia_smi(
-        _ask(["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"])
+        printed_by(["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"])
     )
     numbered = [
         DeviceNow(index=index, total_bytes=gpu.memory_bytes, available_bytes=0)
@@ -346,7 +348,9 @@ def _gpus() -> tuple[Gpu, ...]:
 
 def _devices() -> tuple[DeviceNow, ...]:
     found = parse_gpu_memory(
-        _ask(["nvidia-smi", "--query-gpu=index,memory.total,memory.free", "--format=csv,noheader,nounits"])
+        printed_by(
+            ["nvidia-smi", "--query-gpu=index,memory.total,memory.free", "--format=csv,noheader,nounits"]
+        )
     )
     return visible(found, _visible_devices())
 
@@ -355,7 +359,7 @@ def _visible_devices() -> str | None:
     variable = os.environ.get("CUDA_VISIBLE_DEVICES")
     if variable is None or "GPU-" not in variable:
         return variable
-    uuids = _ask(["nvidia-smi", "--query-gpu=uuid,index", "--format=csv,noheader,nounits"])
+    uuids = printed_by(["nvidia-smi", "--query-gpu=uuid,index", "--format=csv,noheader,nounits"])
     return by_number(variable, parse_uuids(uuids))
 
 
@@ -417,12 +421,13 @@ def _affinity() -> int:
     return os.cpu_count() or 1
 
 
-def _ask(command: Sequence[str]) -> str:
+def printed_by(command: Sequence[str], limit_seconds: float = _ASK_LIMIT_SECONDS) -> str:
+    """What a tool of the system prints; empty where there is none, it fails, or takes longer. Blocking."""
     if shutil.which(command[0]) is None:
         return ""
     try:
         answer = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=_ASK_LIMIT_SECONDS, check=False
+            command, capture_output=True, text=True, errors="replace", timeout=limit_seconds, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""

@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import platform
 import re
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
+
+from worker_agent.hardware import printed_by
 
 _ASK_LIMIT_SECONDS = 2.0
 _HEATED = re.compile(r"cpu|soc|gpu|acpi|cluster|package|big|little", re.IGNORECASE)
@@ -136,12 +136,12 @@ class Sensors:
         if self._system == "Darwin":
             return replace(
                 readings,
-                speed_percent=parse_speed_limit(_ask(["pmset", "-g", "therm"])),
+                speed_percent=parse_speed_limit(_printed_by(["pmset", "-g", "therm"])),
                 thermal_level=parse_thermal_level(
-                    _ask(["notifyutil", "-g", "com.apple.system.thermalpressurelevel"])
+                    _printed_by(["notifyutil", "-g", "com.apple.system.thermalpressurelevel"])
                 ),
                 memory_level=parse_memory_level(
-                    _ask(["sysctl", "-n", "kern.memorystatus_vm_pressure_level"])
+                    _printed_by(["sysctl", "-n", "kern.memorystatus_vm_pressure_level"])
                 ),
             )
         memory = psutil.virtual_memory()
@@ -185,6 +185,10 @@ class Sensors:
         return max(found, default=None)
 
 
+def _printed_by(command: Sequence[str]) -> str:
+    return printed_by(command, _ASK_LIMIT_SECONDS)
+
+
 def _battery() -> tuple[bool, float | None]:
     """Whether it is being emptied, and what is left in percent."""
     # psutil raises whatever a strange battery makes it stumble over; one without a reading is no battery.
@@ -193,18 +197,6 @@ def _battery() -> tuple[bool, float | None]:
         if battery is not None:
             return battery.power_plugged is False, float(battery.percent)
     return False, None
-
-
-def _ask(command: Sequence[str]) -> str:
-    if shutil.which(command[0]) is None:
-        return ""
-    try:
-        answer = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=_ASK_LIMIT_SECONDS, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return answer.stdout if answer.returncode == 0 else ""
 
 
 def _text(path: Path) -> str:
