@@ -356,7 +356,7 @@ def test_a_repository_or_a_revision_that_does_not_exist(hub: FakeHub, tmp_path: 
 
 def test_offline_is_respected(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "agent.models.scenes.environment", lambda _token: {**os.environ, "HF_HUB_OFFLINE": "1"}
+        "agent.models.scenes.environment", lambda *_, **__: {**os.environ, "HF_HUB_OFFLINE": "1"}
     )
     assert "HF_HUB_OFFLINE is set" in fetch(hub, tmp_path).why
     assert hub.asked == []
