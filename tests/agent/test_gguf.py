@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker_agent.gguf import HEAD_BYTES, cache_bytes_per_token, facts
+from worker_agent.gguf import HEAD_BYTES, facts
 from worker_agent.models.local import Facts
 from worker_agent.report import file_or_hub_name
 
@@ -47,33 +47,33 @@ def head(facts: Mapping[str, object]) -> bytes:
 
 
 def test_the_bytes_of_a_token_follow_from_layers_and_heads() -> None:
-    assert cache_bytes_per_token(head(LLAMA)) == 30 * 3 * (64 + 64) * 2
+    assert facts(head(LLAMA)).cache_bytes_per_token == 30 * 3 * (64 + 64) * 2
 
 
 def test_heads_of_another_width_are_counted_as_they_are() -> None:
-    facts = LLAMA | {"llama.attention.key_length": 192, "llama.attention.value_length": 128}
-    assert cache_bytes_per_token(head(facts)) == 30 * 3 * (192 + 128) * 2
+    told = LLAMA | {"llama.attention.key_length": 192, "llama.attention.value_length": 128}
+    assert facts(head(told)).cache_bytes_per_token == 30 * 3 * (192 + 128) * 2
 
 
 def test_without_heads_of_its_own_for_keys_each_head_has_one() -> None:
-    facts = {key: value for key, value in LLAMA.items() if not key.endswith("_kv")}
-    assert cache_bytes_per_token(head(facts)) == 30 * 9 * (64 + 64) * 2
+    told = {key: value for key, value in LLAMA.items() if not key.endswith("_kv")}
+    assert facts(head(told)).cache_bytes_per_token == 30 * 9 * (64 + 64) * 2
 
 
 def test_layers_that_differ_in_their_heads_are_not_guessed() -> None:
-    assert cache_bytes_per_token(head(LLAMA | {"llama.attention.head_count_kv": [3, 0, 3]})) is None
+    assert facts(head(LLAMA | {"llama.attention.head_count_kv": [3, 0, 3]})).cache_bytes_per_token is None
 
 
 def test_where_each_layer_has_its_own_heads_they_are_added_up() -> None:
     each = [3] * 10 + [0] * 20  # layers that keep no tokens have none
-    assert cache_bytes_per_token(head(LLAMA | {"llama.attention.head_count_kv": each})) == 30 * 128 * 2
+    assert facts(head(LLAMA | {"llama.attention.head_count_kv": each})).cache_bytes_per_token == 30 * 128 * 2
 
 
 def test_latent_attention_is_counted_as_the_row_that_it_keeps_for_all_heads() -> None:
     told = {"block_count": 61, "embedding_length": 7168, "attention.head_count": 128}
     told |= {"attention.head_count_kv": 1, "attention.key_length": 576, "attention.value_length": 512}
     file = {"general.architecture": "deepseek2"} | {f"deepseek2.{key}": each for key, each in told.items()}
-    assert cache_bytes_per_token(head(file)) == 61 * (576 + 512) * 2
+    assert facts(head(file)).cache_bytes_per_token == 61 * (576 + 512) * 2
 
 
 def test_a_file_tells_its_context_its_size_and_its_quantization() -> None:
@@ -108,7 +108,7 @@ def test_the_embedded_model_tells_it_in_its_first_bytes() -> None:
 def test_a_header_that_is_cut_anywhere_tells_less_and_breaks_nothing() -> None:
     whole = head(LLAMA)
     # Without the last key, whose default is the number of all heads, it is complete as well.
-    found = {cache_bytes_per_token(whole[:cut]) for cut in range(len(whole))}
+    found = {facts(whole[:cut]).cache_bytes_per_token for cut in range(len(whole))}
     assert found == {None, 30 * 9 * (64 + 64) * 2}
 
 

