@@ -21,32 +21,69 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from balancer import admin_cli, keeping, logs
+from balancer import access_cli, admin_cli, cluster_cli, config_cli, keeping, logs, ui_cli
 from balancer import up as up_
-from balancer.admin_cli import DEFAULT_URL, JsonOption, KeyOption, UrlOption, asked, fail, key_for
+from balancer.addresses import is_loopback, own_url
+from balancer.admin_cli import (
+    DEFAULT_URL,
+    JsonOption,
+    KeyOption,
+    UrlOption,
+    asked,
+    fail,
+    key_for,
+    key_if_known,
+)
 from balancer.app import PortTaken, Running, Stop, running
 from balancer.batch.cli import batch, presets
-from balancer.config_file import ConfigFaults, read
+from balancer.client_tls import TlsFault
 from balancer.core.dispatcher import WorkerView
+from balancer.doctor import DoctorPolicy, examine
 from balancer.inherited import NotASocket, listening_sockets, notify
 from balancer.keys import KeyFault
+from balancer.reached import noted_ca_file
 from balancer.settings import Settings, SettingsError, load
+from worker_agent import findings_table
+from worker_agent.findings import as_json, has_fault
+from worker_agent.forgiving_json import ConfigFaults
 
 _T = TypeVar("_T")
 
 CANNOT_RUN = 2
+
+
+def _main(
+    ca_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--ca-file",
+            metavar="FILE",
+            help="A certificate to trust (PEM), for a balancer on another machine that made its own; also by "
+            "the variable BALANCER_CA_FILE.",
+            callback=noted_ca_file,
+        ),
+    ] = None,
+) -> None:
+    pass
+
 
 app = typer.Typer(
     help="One OpenAI endpoint in front of a room of Macs and GPU boxes.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
+    callback=_main,
 )
-config = typer.Typer(help="The JSON configuration file.", no_args_is_help=True)
-app.add_typer(config, name="config")
+app.add_typer(config_cli.config, name="config")
 app.add_typer(batch, name="batch")
 app.add_typer(presets, name="presets")
 app.add_typer(admin_cli.models, name="models")
+app.add_typer(access_cli.keys, name="keys")
+app.command()(access_cli.audit)
+app.add_typer(cluster_cli.cluster, name="cluster")
+workers_ = typer.Typer(invoke_without_command=True)
+app.add_typer(workers_, name="workers")
+workers_.command()(cluster_cli.approve)
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="The JSON file with workers and settings.")
@@ -91,23 +128,24 @@ async def _up(settings: Settings, agent: up_.LocalAgent, stop: Stop) -> None:
     console = Console()
     agent.hurried = stop.hurried
     async with running(settings) as balancer:
-        local = up_.own_url(settings.host, balancer.port)
+        local = own_url(settings.host, balancer.port, tls=balancer.tls is not None)
         agent_dir = settings.data_dir / "agent"
         with _reloading_on_hangup(balancer, stop):
-            async with agent.running(local, agent_dir, balancer.cluster_key) as keeping:
+            async with agent.running(local, agent_dir, lambda: balancer.cluster.key) as keeping:
                 ready = await _first(_shown(console, balancer, keeping), stop)
                 if ready is not None:
-                    loopback_only = up_.is_loopback(settings.host)
+                    loopback_only = is_loopback(settings.host)
                     _print_welcome(
                         console,
                         up_.welcome(
                             ready,
                             local=local,
-                            port=balancer.port,
-                            addresses=() if loopback_only else up_.lan_addresses(settings.host),
+                            places=() if loopback_only else balancer.places(),
+                            invitation=balancer.invitation(),
                             loopback_only=loopback_only,
                         ),
                     )
+                    _print_way_to_the_page(balancer, settings)
                     await _first(_ended(keeping), stop)
                 # The agent goes last: what is under way needs it.
                 await _finish(console, balancer, stop)
@@ -173,10 +211,27 @@ async def _serve(
             # Whoever keeps us holds the other end, and writes nothing: it ends with its holder.
             asyncio.get_running_loop().add_reader(sys.stdin.fileno(), _end_with_keeper, stop)
         notify("READY=1", os.environ)
+        if balancer.is_first_start:
+            _print_invitation(balancer)
+        _print_way_to_the_page(balancer, settings)
         with _reloading_on_hangup(balancer, stop):
             await stop.asked.wait()
             notify("STOPPING=1", os.environ)
             await _finish(Console(stderr=True), balancer, stop)
+
+
+def _print_invitation(balancer: Running) -> None:
+    """Once, and to a person only: what a service writes is kept, and read by others."""
+    if sys.stdout.isatty():
+        print("To make another machine a worker, on it:")  # noqa: T201
+        print(f"worker-agent join '{balancer.invitation()}'")  # noqa: T201
+
+
+def _print_way_to_the_page(balancer: Running, settings: Settings) -> None:
+    """The same: when the admin key was made, and to a person only."""
+    if balancer.new_admin_key and sys.stdout.isatty():
+        base = own_url(settings.host, balancer.port, tls=balancer.tls is not None)
+        print(ui_cli.first_words(base, balancer.new_admin_key))  # noqa: T201
 
 
 def _end_with_keeper(stop: Stop) -> None:
@@ -213,15 +268,23 @@ def keep(
     raise typer.Exit(status)
 
 
-@app.command()
+@workers_.callback()
 def workers(
+    context: typer.Context,
     url: UrlOption = DEFAULT_URL,
+    admin_key_file: KeyOption = None,
+    data_dir: DataOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Show the workers of a running balancer and how they are."""
+    """Show the workers of a running balancer and how they are, and who waits to be let in."""
+    if context.invoked_subcommand is not None:
+        return
     room = asked(url, "GET", "/health")
+    key = key_if_known(url, admin_key_file, data_dir)
+    cluster = {} if key is None else asked(url, "GET", "/admin/cluster", key=key)
     if json:
-        print(orjson.dumps(room, option=orjson.OPT_INDENT_2).decode())  # noqa: T201
+        told = {**room, "pending": cluster["pending"]} if cluster else room
+        print(orjson.dumps(told, option=orjson.OPT_INDENT_2).decode())  # noqa: T201
         return
     table = Table("worker", "state", "running", "tokens/s read, written")
     table.add_column("models", overflow="fold")  # to be copied whole
@@ -241,6 +304,9 @@ def workers(
     console.print(f"{room['waiting']} waiting{batch}, {room['running']} running")
     for warning in room["warnings"]:
         console.print(Text(warning, "yellow"))
+    if cluster:
+        cluster_cli.print_waiting(console, cluster)
+        cluster_cli.print_turned_away(console, [*cluster["mismatches"], *cluster["turned_away"]])
 
 
 def _speeds(reading: float | None, writing: float | None) -> str:
@@ -294,21 +360,44 @@ def why(
         console.print(table)
 
 
+app.command()(ui_cli.ui)
 app.command()(admin_cli.drain)
 app.command()(admin_cli.undrain)
 app.command()(admin_cli.remove)
-config.command()(admin_cli.reload)
 
 
-@config.command()
-def check(file: Annotated[Path, typer.Argument(metavar="FILE")]) -> None:
-    """Say what is wrong with a configuration file, each fault with line and column."""
-    try:
-        content = read(file)
-    except ConfigFaults as faults:
-        fail(str(faults))
-    count = len(content.workers)
-    print(f"{file}: fine, {count} worker{'' if count == 1 else 's'}")  # noqa: T201
+@app.command()
+def doctor(
+    worker: Annotated[
+        list[str] | None, typer.Option(help="An agent's URL to look for besides; may be repeated.")
+    ] = None,
+    host: HostOption = None,
+    port: PortOption = None,
+    data_dir: DataOption = None,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Say why other machines and this balancer do not see each other, and how to mend it.
+
+    To be run where the balancer runs. Ends with code 1 where there is a fault.
+    """
+    settings = _settings(config, host=host, port=port, data_dir=data_dir)
+    policy = DoctorPolicy(
+        host=settings.host,
+        port=settings.port,
+        tls=settings.tls != "off",
+        mdns=settings.mdns,
+        data_dir=settings.data_dir,
+        workers=tuple(entry.worker for entry in settings.room),
+        cluster_key=settings.cluster_key,
+    )
+    found = asyncio.run(examine(policy, worker or ()))
+    if json:
+        print(orjson.dumps(as_json(found), option=orjson.OPT_INDENT_2).decode())  # noqa: T201
+    else:
+        findings_table.show(found)
+    if has_fault(found):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -325,7 +414,7 @@ def _settings(config: Path | None, **flags: object) -> Settings:
         settings = load(config, flags)
     except (ConfigFaults, SettingsError) as faults:
         fail(str(faults))
-    logs.set_up(settings.log_level)
+    logs.set_up(settings.log_level, settings.log_format)
     return settings
 
 
@@ -333,7 +422,7 @@ def _run(main: Callable[[Stop], Coroutine[Any, Any, None]]) -> None:
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_until_signalled(main))
-    except (PortTaken, KeyFault) as error:
+    except (PortTaken, KeyFault, TlsFault) as error:
         fail(str(error), status=1)
     except up_.AgentFailed as error:
         fail(f"the worker agent on this machine cannot run:\n{error}", status=1)

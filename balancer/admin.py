@@ -12,39 +12,35 @@ import dataclasses
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol, TypeVar
+from hashlib import sha256
+from typing import Annotated, Any, Protocol
 
 import orjson
 from aiohttp import web
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
+from balancer.admin_door import SAFE_METHODS, WHO, AdminDoor
+from balancer.audit import MAX_LISTED, Audit
 from balancer.batch.presets import MAX_PRESET_BYTES, Found, Preset, PresetError, Shelf
 from balancer.core.dispatcher import Snapshot
-from balancer.core.errors import (
-    BadRequest,
-    BodyTimeout,
-    BodyTooLarge,
-    Conflict,
-    Forbidden,
-    NotFound,
-    UnsupportedMedia,
-)
+from balancer.core.errors import BadRequest, Conflict, NotFound, RequestError
 from balancer.core.model import Served, WorkerId
 from balancer.discovery import TooManyBanned
 from balancer.fleet_models import EVERYBODY, Action, FleetModels, Holding, Outcome
 from balancer.front import room_body, worker_body
 from balancer.history import why
-from balancer.keys import AdminKey
+from balancer.keys import KeyWrong, TooManyGuesses
+from balancer.orders import TARGETS, Nothing, Order, read_body, read_order
 from worker_agent.wire import ModelOrder, ModelState, Word
 
 log = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-_Body = TypeVar("_Body", bound=BaseModel)
 
-MAX_BODY_BYTES = 64 * 1024
-"""Of an order; a preset may be larger."""
 MAX_WORKERS_NAMED = 1024
+
+RECORDED: web.RequestKey[Mapping[str, object]] = web.RequestKey("recorded", Mapping)
+"""What an order's record in the audit log says besides; no secrets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,11 +132,7 @@ class Levers:
 # Orders as they come ...
 
 
-class _Order(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
-
-
-class _Load(_Order):
+class _Load(Order):
     model: Word
     worker: Word | None = None
 
@@ -149,13 +141,13 @@ class _Unload(_Load):
     force: bool = False
 
 
-class _Delete(_Order):
+class _Delete(Order):
     model: Word
     worker: Word
     force: bool = False
 
 
-class _Download(_Order):
+class _Download(Order):
     repo: Word
     worker: Word | None = None
     workers: Annotated[tuple[Word, ...], Field(strict=False, max_length=MAX_WORKERS_NAMED)] | Word | None = (
@@ -166,16 +158,23 @@ class _Download(_Order):
     revision: Word | None = None
 
 
-class _Nothing(_Order):
-    pass
-
-
 class Admin:
     """The routes under `/admin`."""
 
-    def __init__(self, key: AdminKey, levers: Levers, policy: AdminPolicy | None = None) -> None:
-        self._key = key
+    def __init__(
+        self,
+        door: AdminDoor,
+        levers: Levers,
+        policy: AdminPolicy | None = None,
+        further: Sequence[web.AbstractRouteDef] = (),
+        audit: Audit | None = None,
+    ) -> None:
+        """`further`: routes of other parts, kept by the same key; their paths without `/admin`. `audit`: None
+        where nothing is kept."""
+        self._door = door
+        self._audit = audit
         self._levers = levers
+        self._further = tuple(further)
         self._policy = policy or AdminPolicy()
         self._writing = asyncio.Lock()
         """Of files in the user's folder: one at a time."""
@@ -203,18 +202,56 @@ class Admin:
         add.add_delete("/presets/{name}", self._delete_preset)
         add.add_get("/config", self._config)
         add.add_post("/config/reload", self._reload)
+        add.add_get("/audit", self._audited)
+        app.add_routes(self._door.routes())
+        app.add_routes(self._further)
         return app
 
     @web.middleware
     async def _keyed(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Nothing is told to who has no key: not even whether a path exists."""
-        if "Origin" in request.headers or "Sec-Fetch-Site" in request.headers:
-            raise Forbidden("This can't be asked for by a web page: use `balancer` commands or a script.")
-        self._key.check(_given(request), request.remote or "")
+        """Nothing is told to who has no key: not even whether a path exists. Every change that is asked for
+        leaves a record."""
         try:
-            return await handler(request)
+            request[WHO] = self._door.let_in(request)
+        except RequestError as refusal:
+            self._refused(request, refusal)
+            raise
+        status = 499  # as it stays for who leaves before there is an answer
+        try:
+            response = await handler(request)
+            status = response.status
+            return response
+        except RequestError as refusal:
+            status = refusal.status
+            raise
         except web.HTTPNotFound:
+            status = 404
             raise NotFound(f"There is no {request.path} here: docs/ADMIN.md lists what there is.") from None
+        except web.HTTPException as error:
+            status = error.status
+            raise
+        except Exception:
+            status = 500
+            raise
+        finally:
+            if request.method not in SAFE_METHODS:
+                self._recorded(request, status)
+
+    def _recorded(self, request: web.Request, status: int) -> None:
+        if self._audit is not None:
+            self._audit.record(
+                **_circumstances(request),
+                targets={**request.match_info, **request.get(TARGETS, {})},
+                status=status,
+                **request.get(RECORDED, {}),
+            )
+
+    def _refused(self, request: web.Request, refusal: RequestError) -> None:
+        """Who comes with a wrong key, and who tries to change something without any."""
+        is_guess = isinstance(refusal, (KeyWrong, TooManyGuesses))
+        if self._audit is not None and (is_guess or request.method not in SAFE_METHODS):
+            told = {"status": refusal.status, "refused": refusal.code or refusal.type}
+            self._audit.refused(**_circumstances(request), **told)
 
     # Workers
 
@@ -251,7 +288,7 @@ class Admin:
 
     def _draining(self, *, on: bool) -> Handler:
         async def handle(request: web.Request) -> web.StreamResponse:
-            await self._read(request, _Nothing)
+            await read_order(request, Nothing, self._policy.body_seconds)
             worker_id = WorkerId(request.match_info["id"])
             if not self._levers.drain(worker_id, on):
                 raise _no_worker(worker_id)
@@ -261,7 +298,7 @@ class Admin:
         return handle
 
     async def _remove(self, request: web.Request) -> web.Response:
-        await self._read(request, _Nothing)
+        await read_order(request, Nothing, self._policy.body_seconds)
         membership, worker_id = self._levers.membership, WorkerId(request.match_info["id"])
         source = membership.sources.get(worker_id)
         try:
@@ -279,7 +316,7 @@ class Admin:
         return _json({"worker": worker_id, "removed": True, "source": source, "note": note})
 
     async def _admit(self, request: web.Request) -> web.Response:
-        await self._read(request, _Nothing)
+        await read_order(request, Nothing, self._policy.body_seconds)
         membership, worker_id = self._levers.membership, WorkerId(request.match_info["id"])
         if not membership.admit(worker_id):
             raise NotFound(f"No worker {worker_id!r} was removed: GET /admin/workers lists those that were.")
@@ -314,22 +351,22 @@ class Admin:
         )
 
     async def _load(self, request: web.Request) -> web.Response:
-        order = await self._read(request, _Load)
+        order = await read_order(request, _Load, self._policy.body_seconds)
         work = self._levers.models.load(order.model, order.worker)
         return await self._ordered(request, Action.LOAD, order.model, work)
 
     async def _unload(self, request: web.Request) -> web.Response:
-        order = await self._read(request, _Unload)
+        order = await read_order(request, _Unload, self._policy.body_seconds)
         work = self._levers.models.unload(order.model, order.worker, force=order.force)
         return await self._ordered(request, Action.UNLOAD, order.model, work)
 
     async def _delete(self, request: web.Request) -> web.Response:
-        order = await self._read(request, _Delete)
+        order = await read_order(request, _Delete, self._policy.body_seconds)
         work = self._levers.models.delete(order.model, order.worker, force=order.force)
         return await self._ordered(request, Action.DELETE, order.model, work)
 
     async def _download(self, request: web.Request) -> web.Response:
-        order = await self._read(request, _Download)
+        order = await read_order(request, _Download, self._policy.body_seconds)
         named = order.worker if order.workers is None else order.workers
         workers = (named,) if isinstance(named, str) else named
         if not workers or (order.worker is not None and order.workers is not None):
@@ -347,7 +384,7 @@ class Admin:
         return await self._ordered(request, Action.DOWNLOAD, order.repo, work)
 
     async def _cancel(self, request: web.Request) -> web.Response:
-        order = await self._read(request, _Load)
+        order = await read_order(request, _Load, self._policy.body_seconds)
         work = self._levers.models.cancel(order.model, order.worker)
         return await self._ordered(request, Action.CANCEL, order.model, work)
 
@@ -378,7 +415,7 @@ class Admin:
         return _json(preset.model_dump(mode="json"))
 
     async def _put_preset(self, request: web.Request) -> web.Response:
-        data = await self._body(request, MAX_PRESET_BYTES)
+        data = await read_body(request, MAX_PRESET_BYTES, self._policy.body_seconds)
         name, shelf = request.match_info["name"], self._levers.shelf
         async with self._writing:
             await self._insist_on_own(name)
@@ -392,7 +429,7 @@ class Admin:
         return _json({"preset": name, "created": is_new}, status=201 if is_new else 200)
 
     async def _delete_preset(self, request: web.Request) -> web.Response:
-        await self._read(request, _Nothing)
+        await read_order(request, Nothing, self._policy.body_seconds)
         name, shelf = request.match_info["name"], self._levers.shelf
         async with self._writing:
             await self._insist_on_own(name)
@@ -419,83 +456,53 @@ class Admin:
         return _json(self._levers.configuration.shown())
 
     async def _reload(self, request: web.Request) -> web.Response:
-        await self._read(request, _Nothing)
+        await read_order(request, Nothing, self._policy.body_seconds)
+        configuration = self._levers.configuration
+        before = _digest(configuration.shown())
         try:
-            told = await self._levers.configuration.reload(f"admin {request.remote}")
+            told = await configuration.reload(f"admin {request.remote}")
         except NotReloaded as refused:
+            request[RECORDED] = {"before": before, "after": before}
             log.info(
                 "admin %s: the configuration stays as it is: %d faults", request.remote, len(refused.faults)
             )
             return _faulty(refused)
+        request[RECORDED] = {"before": before, "after": _digest(configuration.shown()), "what": str(told)}
         return _json(dataclasses.asdict(told))
 
-    # Reading
+    # Audit
 
-    async def _read(self, request: web.Request, kind: type[_Body]) -> _Body:
-        """The body as an order; none is an empty one."""
-        data = await self._body(request, MAX_BODY_BYTES)
-        try:
-            fields = orjson.loads(data or b"{}")
-        except orjson.JSONDecodeError as error:
-            raise BadRequest(f"The body is not JSON: {error.msg} at byte {error.pos}.") from None
-        if not isinstance(fields, dict):
-            raise BadRequest('The body is a JSON object, like {"model": "NAME"}.')
-        try:
-            return kind.model_validate(fields)
-        except ValidationError as error:
-            raise _misordered(error, kind) from None
-
-    async def _body(self, request: web.Request, limit: int) -> bytes:
-        """Raises a `RequestError` for one that is too large, compressed, or does not come."""
-        if request.headers.get("Content-Encoding", "identity").lower() != "identity":
-            raise UnsupportedMedia("Compressed request bodies are not accepted: leave out Content-Encoding.")
-        if (request.content_length or 0) > limit:
-            raise _too_large(limit)
-        body = bytearray()
-        try:
-            async with asyncio.timeout(self._policy.body_seconds):
-                while chunk := await request.content.readany():
-                    body += chunk
-                    if len(body) > limit:
-                        raise _too_large(limit)
-        except TimeoutError:
-            raise BodyTimeout(
-                f"The request body did not arrive within {self._policy.body_seconds:g} s."
-            ) from None
-        return bytes(body)
+    async def _audited(self, request: web.Request) -> web.Response:
+        """The newest records, newest first."""
+        asked = request.query.get("limit", "100")
+        if not (asked.isascii() and asked.isdecimal() and 1 <= int(asked[:6]) <= MAX_LISTED):
+            raise BadRequest(f"'limit' must be a number from 1 to {MAX_LISTED}.", param="limit")
+        records = await self._audit.last(int(asked)) if self._audit is not None else ()
+        return _json({"records": records})
 
 
-def _given(request: web.Request) -> str:
-    """The key that came with a request; empty: none."""
-    scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and key.strip():
-        return key.strip()
-    return request.headers.get("X-Admin-Key", "").strip()
+def _circumstances(request: web.Request) -> dict[str, object]:
+    """As a record begins. The route is told as it is written here: what somebody has put into a path may be
+    anything."""
+    resource = request.match_info.route.resource
+    return {
+        "who": request.get(WHO, "nobody"),
+        "from": request.remote or "",
+        "method": request.method,
+        "route": resource.canonical if resource is not None else "none",
+    }
 
 
 def _note(request: web.Request, what: str) -> None:
     """Who changed what; names that come from elsewhere begin no line of their own."""
-    log.info("admin %s: %s", request.remote, what if what.isprintable() else ascii(what))
+    said = what if what.isprintable() else ascii(what)
+    request[RECORDED] = {**request.get(RECORDED, {}), "what": said}
+    log.info("admin %s: %s", request.remote, said)
 
 
-def _misordered(error: ValidationError, kind: type[BaseModel]) -> BadRequest:
-    first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-    where = ".".join(str(part) for part in first["loc"][:1])
-    known = ", ".join(kind.model_fields) or "no keys"
-    match first["type"]:
-        case "missing":
-            sentence = f"`{where}` is missing"
-        case "extra_forbidden":
-            sentence = f"`{where[:60]}` is not known here"
-        case _:
-            sentence = f"`{where}`: {first['msg']}"
-    return BadRequest(
-        f"{sentence}. The body of this order is a JSON object with {known}.", param=where or None
-    )
-
-
-def _too_large(limit: int) -> BodyTooLarge:
-    return BodyTooLarge(f"The request body is larger than {limit} bytes, the most that is read here.")
+def _digest(shown: Mapping[str, object]) -> str:
+    """By which two configurations are told apart."""
+    return sha256(orjson.dumps(shown, default=str, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
 
 
 def _no_worker(worker_id: WorkerId) -> NotFound:

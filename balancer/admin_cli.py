@@ -8,10 +8,9 @@ a balancer on this very machine only; for any other it has to be given.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
-import socket
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -27,7 +26,7 @@ from rich.text import Text
 
 from balancer import keys
 from balancer.batch.client import root_of
-from balancer.discovery import own_interfaces
+from balancer.reached import NotTrusted, is_here, noted_data_dir, reach
 from balancer.settings import Settings, SettingsError, load, variable
 
 REFUSED, CANNOT_RUN = 1, 2
@@ -45,7 +44,13 @@ KeyOption = Annotated[
     typer.Option("--admin-key-file", metavar="FILE", help="Holds its admin key; default: found by itself."),
 ]
 DataOption = Annotated[
-    Path | None, typer.Option("--data-dir", metavar="DIR", help="The one that the balancer was started with.")
+    Path | None,
+    typer.Option(
+        "--data-dir",
+        metavar="DIR",
+        help="The one that the balancer was started with.",
+        callback=noted_data_dir,
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="As JSON.")]
 WatchOption = Annotated[bool, typer.Option("--watch", help="Show how far it is, until it is done.")]
@@ -83,9 +88,13 @@ class Asking:
 
     def __init__(self, url: str, key: str | None = None) -> None:
         """`url`: with or without scheme, and with or without the `/v1` of its endpoint. `key`: its admin
-        key; None: for what needs none."""
+        key; None: for what needs none. Blocking; raises `NoAnswer`."""
         self._named = url
-        self._root = _rooted(url)
+        try:
+            reached = reach(root_of(url.strip()))
+        except NotTrusted as error:
+            raise NoAnswer(f"{error}", CANNOT_RUN) from None
+        self._root, self._tls = reached.root, reached.tls
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     async def ask(self, method: str, path: str, body: Mapping[str, object] | None = None) -> Answer:
@@ -94,11 +103,23 @@ class Asking:
             async with (
                 aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS)) as session,
                 session.request(
-                    method, self._root + path, json=body, headers=self._headers, allow_redirects=False
+                    method,
+                    self._root + path,
+                    json=body,
+                    headers=self._headers,
+                    allow_redirects=False,
+                    ssl=self._tls,
                 ) as response,
             ):
                 told = orjson.loads(await response.read())
                 status = response.status
+        except aiohttp.ClientConnectorCertificateError:
+            raise NoAnswer(
+                f"the certificate at {self._named} is none that this machine trusts: copy it from there "
+                "(tls/certificate.pem in the balancer's data folder), and name it with "
+                "`balancer --ca-file FILE ...`",
+                CANNOT_RUN,
+            ) from None
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             raise NoAnswer(
                 f"no balancer answers at {self._named} ({type(error).__name__}): is it running? "
@@ -120,11 +141,6 @@ def asked(
         return asyncio.run(Asking(url, key).ask(method, path, body)).body
     except NoAnswer as error:
         fail(str(error), error.status)
-
-
-def _rooted(url: str) -> str:
-    root = root_of(url.strip())
-    return root if "://" in root else f"http://{root}"
 
 
 def fail(message: str, status: int = CANNOT_RUN) -> NoReturn:
@@ -158,6 +174,19 @@ def key_for(url: str, key_file: Path | None, data_dir: Path | None) -> str:
     return _kept(settings)
 
 
+def key_if_known(url: str, key_file: Path | None, data_dir: Path | None) -> str | None:
+    """The same where it is at hand; None where it is not."""
+    if key_file is not None:
+        return _in_file(key_file)
+    with suppress(SettingsError, OSError, keys.KeyFault):
+        settings = load(None, {"data_dir": data_dir})
+        if settings.admin_key is not None:
+            return settings.admin_key
+        if _is_here(url):
+            return keys.read(settings.data_dir / keys.ADMIN_KEY)
+    return None
+
+
 def _in_file(path: Path) -> str:
     try:
         words = path.expanduser().read_text("ascii").split()
@@ -183,14 +212,8 @@ def _kept(settings: Settings) -> str:
 
 def _is_here(url: str) -> bool:
     """The address is one of this machine's own."""
-    host = urlsplit(_rooted(url)).hostname or ""
-    if host in ("localhost", socket.gethostname().lower()):
-        return True
-    try:
-        address = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        return False
-    return address.is_loopback or any(address == one.ip for one in own_interfaces())
+    root = root_of(url.strip())
+    return is_here(urlsplit(root if "://" in root else f"http://{root}").hostname or "")
 
 
 # Workers and configuration ...

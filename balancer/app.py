@@ -3,33 +3,45 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import gc
 import logging
 import random
 import secrets
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
 from ipaddress import ip_network
 
 import aiohttp
 
-from balancer import keys
-from balancer.admin import Admin, AdminPolicy, ConfigFault, Levers, NotReloaded, Reloaded
+from balancer import client_tls, keys
+from balancer.access import Access
+from balancer.access_admin import KeyRoutes
+from balancer.access_store import KeyStore
+from balancer.addresses import places
+from balancer.admin import Admin, AdminPolicy, Levers
+from balancer.admin_door import AdminDoor
+from balancer.announce import announce
+from balancer.audit import Audit
 from balancer.batch.presets import Shelf, own_folder
-from balancer.config_file import ConfigFaults, Fault, Tunables
+from balancer.client_tls import ClientTls
+from balancer.cluster import Cluster
+from balancer.cluster_admin import ClusterRoutes
+from balancer.config_watch import ConfigWatch
 from balancer.connections import ConnectionPolicy
 from balancer.core.admission import AdmissionPolicy
 from balancer.core.batches import BatchPolicy
 from balancer.core.breaker import BreakerPolicy
 from balancer.core.dispatcher import Dispatcher, DispatchPolicy, HedgePolicy, Snapshot
 from balancer.core.errors import Conflict, ShuttingDown
-from balancer.core.model import Draining, Event, Served, Worker, WorkerId
-from balancer.core.placement import PlacementPolicy
+from balancer.core.model import Draining, Event, Gone, Served, Worker, WorkerId
+from balancer.core.placement import POLICIES, PlacementPolicy
 from balancer.core.retry import RetryPolicy
-from balancer.discovery import Browser, Entry, NotAdmitted, Roster, own_interfaces
+from balancer.dashboard.routes import page_routes
+from balancer.discovery import Browser, Entry, NotAdmitted, Roster
 from balancer.fleet_models import FleetModels, Stock
 from balancer.front import Front, FrontPolicy
 from balancer.history import History
@@ -38,23 +50,27 @@ from balancer.inference import Inference, InferencePolicy
 from balancer.journey import Journey, JourneyPolicy, Observer
 from balancer.keys import AdminKey
 from balancer.leases import TICK_SECONDS, Leases
+from balancer.live import LiveConfiguration, LiveSettings
+from balancer.meeting import NotMet
 from balancer.metrics import Metrics
+from balancer.names import Dns, Names, NotThere, merged
+from balancer.openapi import openapi_routes
 from balancer.origins import OriginPolicy, Origins
+from balancer.pins import Memory
 from balancer.relay import Relay
-from balancer.settings import Settings, SettingsError
-from balancer.upstream import TimeoutPolicy, Upstream
+from balancer.settings import Settings
+from balancer.tunnels import Tunnels
+from balancer.upstream import Address, TimeoutPolicy, Unreachable, Upstream, Way
 from balancer.watch import Watches, WatchPolicy
+from balancer.worker_types import row_of
+from worker_agent.reachability import own_interfaces
 from worker_agent.sources import Network, Sources
-from worker_agent.wire import Join
+from worker_agent.wire import Announced, Join
 
 log = logging.getLogger(__name__)
 
 LAST_WORDS_SECONDS = 2.0
 """To tell the clients of what was cut short."""
-
-
-LIVE_SETTINGS = frozenset({"log_level"})
-"""Beside the workers, what takes effect when the configuration is read again."""
 
 
 class PortTaken(Exception):
@@ -86,14 +102,25 @@ class Running:
         server: HttpServer,
         drain_seconds: float,
         *,
-        cluster_key: str,
+        cluster: Cluster,
+        places: Callable[[], tuple[str, ...]],
+        is_first_start: bool,
+        new_admin_key: str,
         configuration: LiveConfiguration,
         hands_over: bool,
+        tls: ClientTls | None = None,
     ) -> None:
-        """`hands_over`: the socket is inherited, and another process will accept from it."""
+        """`hands_over`: the socket is inherited, and another process will accept from it. `places`: where
+        other machines reach it, `host:port`."""
+        self.tls = tls
+        """What clients are spoken to with; None: plain HTTP."""
         self.port = port
-        self.cluster_key = cluster_key
-        """For an agent of our own."""
+        self.cluster = cluster
+        self.places = places
+        self.is_first_start = is_first_start
+        """The cluster's key was made by it."""
+        self.new_admin_key = new_admin_key
+        """The admin key, where it was made at this start; empty: it was there before."""
         self._configuration = configuration
         self._server = server
         self._hands_over = hands_over
@@ -104,6 +131,10 @@ class Running:
 
     def snapshot(self) -> Snapshot:
         return self._leases.snapshot()
+
+    def invitation(self) -> str:
+        """What another machine needs to join; it holds the cluster key."""
+        return self.cluster.invitation(self.places())
 
     @property
     def under_way(self) -> int:
@@ -140,108 +171,6 @@ class Running:
                 await self._journey.idle.wait()
 
 
-class LiveConfiguration:
-    """The settings that are in force, which the same file, variables and flags may change while all runs."""
-
-    def __init__(self, settings: Settings, put_room: Callable[[Sequence[Entry]], None]) -> None:
-        self._settings = settings
-        self._room = settings.room
-        self._log_level = settings.log_level
-        self._put_room = put_room
-        self._reading = asyncio.Lock()
-        self._soon: set[asyncio.Task[None]] = set()
-
-    def shown(self) -> Mapping[str, object]:
-        in_force = self._settings.model_dump(mode="json", exclude={"workers"})
-        workers = [dataclasses.asdict(entry.worker) for entry in self._room]  # headers hold secrets
-        for worker in workers:
-            worker["only"] = sorted(worker["only"])
-        file = self._settings.config
-        return {
-            "file": None if file is None else str(file),
-            "settings": {**in_force, "log_level": self._log_level},
-            "workers": workers,
-        }
-
-    async def reload(self, by: str) -> Reloaded:
-        async with self._reading:
-            if self._settings.config is None:
-                raise NotReloaded(
-                    [
-                        ConfigFault(
-                            "The balancer was started without --config: there is no file to read again."
-                        )
-                    ]
-                )
-            try:
-                fresh = await asyncio.to_thread(self._settings.read_again)
-            except ConfigFaults as error:
-                raise NotReloaded([_fault(one) for one in error.faults]) from None
-            except SettingsError as error:
-                raise NotReloaded([ConfigFault(line) for line in str(error).splitlines()]) from None
-            told = self._apply(fresh)
-            log.info("%s: the configuration was read again (%s)", by, told)
-            return told
-
-    def _apply(self, fresh: Settings) -> Reloaded:
-        before = {entry.worker.id: entry for entry in self._room}
-        after = {entry.worker.id: entry for entry in fresh.room}
-        both = before.keys() & after.keys()
-        self._put_room(fresh.room)
-        self._room = fresh.room
-        applied = []
-        if fresh.log_level != self._log_level:
-            self._log_level = fresh.log_level
-            logging.getLogger().setLevel(fresh.log_level)
-            applied.append("log_level")
-        return Reloaded(
-            added=tuple(sorted(after.keys() - before.keys())),
-            removed=tuple(sorted(before.keys() - after.keys())),
-            changed=tuple(sorted(name for name in both if before[name] != after[name])),
-            applied=tuple(applied),
-            needs_restart=_differing(self._settings, fresh),
-        )
-
-    def reload_soon(self, by: str) -> None:
-        """In a task; nobody waits for its outcome but the log."""
-
-        async def go() -> None:
-            try:
-                await self.reload(by)
-            except NotReloaded as refused:
-                log.error("%s: the configuration stays as it is: %s", by, refused)
-            except Exception:
-                log.exception("a defect of the balancer, in reading the configuration again")
-
-        # Kept in _soon until it ends; aclose awaits it.
-        task = asyncio.create_task(go(), name="reload")  # noqa: TID251
-        self._soon.add(task)
-        task.add_done_callback(self._soon.discard)
-
-    async def aclose(self) -> None:
-        for task in self._soon:
-            task.cancel()
-        await asyncio.gather(*self._soon, return_exceptions=True)
-
-
-def _fault(fault: Fault) -> ConfigFault:
-    place = fault.place
-    return ConfigFault(str(fault), place.line if place else None, place.column if place else None)
-
-
-def _differing(started: Settings, fresh: Settings) -> tuple[str, ...]:
-    """Settings that are other than what this process was started with, and hold from its next start on."""
-    names = [
-        name
-        for name in Tunables.model_fields
-        if name not in LIVE_SETTINGS and getattr(started, name) != getattr(fresh, name)
-    ]
-    for name in ("admin_key", "cluster_key"):  # themselves, wherever they come from
-        if getattr(started, name) != getattr(fresh, name) and f"{name}_file" not in names:
-            names.append(name)
-    return tuple(names)
-
-
 async def _keys(settings: Settings) -> keys.Keys:
     """Raises `KeyFault`."""
     own = await asyncio.to_thread(
@@ -264,9 +193,13 @@ async def running(settings: Settings, sockets: Sequence[socket.socket] = ()) -> 
     clock = loop.time
     chance = random.Random()
     own_keys = await _keys(settings)
+    memory = Memory(settings.data_dir)
+    balancer_id, pins = await asyncio.to_thread(lambda: (memory.balancer_id(), memory.pins()))
     async with AsyncExitStack() as stack:
+        tunnels = Tunnels(arrived=lambda agent_id, tag: dialled(agent_id, tag), clock=clock)
+        stack.callback(tunnels.aclose)
         upstream = await stack.enter_async_context(
-            Upstream(TimeoutPolicy(settings.connect_timeout, settings.read_timeout))
+            Upstream(TimeoutPolicy(settings.connect_timeout, settings.read_timeout), tunnels)
         )
         listed: dict[WorkerId, Entry] = {}
         nothing: Mapping[str, str] = {}
@@ -279,7 +212,31 @@ async def running(settings: Settings, sockets: Sequence[socket.socket] = ()) -> 
                 return nothing
             return entry.headers
 
-        relay = Relay(upstream, clock, headers_for)
+        ways: dict[Worker, Way] = {}
+
+        def way_to(worker: Worker) -> Way:
+            if row_of(worker).is_agent:
+                if (met := cluster.way(worker)) is None:
+                    raise Unreachable("it is yet to be met")
+                return met
+            known, headers = ways.get(worker), headers_for(worker)
+            if known is None or known.headers != headers:
+                if len(ways) > 4096:  # workers come and go
+                    ways.clear()
+                known = ways[worker] = Way(Address.of(worker.url, worker.ca_file), headers)
+            return known
+
+        def met(worker: Worker) -> None:
+            roster.met(worker)
+
+        cluster = Cluster(
+            *(upstream, memory, own_keys.cluster),
+            balancer_id=balancer_id,
+            pins=pins,
+            clock=clock,
+            on_met=met,
+        )
+        relay = Relay(upstream, clock, way_to, on_stranger=cluster.drop)
         dispatcher = Dispatcher(_dispatch_policy(settings), chance, started=clock())
         leases = await stack.enter_async_context(Leases(dispatcher, clock, relay.probe))
         session = await stack.enter_async_context(_watch_session(settings))
@@ -289,6 +246,8 @@ async def running(settings: Settings, sockets: Sequence[socket.socket] = ()) -> 
         def told(event: Event) -> None:
             stock.notice(event)
             leases.tell(event)
+            if isinstance(event, Gone):
+                cluster.gone(event.worker_id)
 
         def heard(event: Event) -> None:
             told(event)
@@ -297,17 +256,30 @@ async def running(settings: Settings, sockets: Sequence[socket.socket] = ()) -> 
         watches = Watches(
             tell=heard,
             session=session,
+            agents=cluster,
             policy=WatchPolicy(interval_seconds=settings.health_check_interval),
             is_at_work=leases.is_at_work,
             on_report=stock.heard,
         )
         stack.push_async_callback(watches.aclose)
-        roster = Roster(tell=told, watches=watches, clock=clock)
+        roster = Roster(tell=told, watches=watches, clock=clock, tags=lambda: cluster.tags)
 
-        def put_room(entries: Sequence[Entry]) -> None:
+        in_config: list[Entry] = []
+        in_dns: list[Entry] = []
+
+        def fill_room(*, pardons: bool) -> None:
+            entries = merged(in_config, in_dns)
             listed.clear()
             listed.update((entry.worker.id, entry) for entry in entries)
-            roster.static(entries)
+            roster.static(entries, pardons=pardons)
+
+        def put_room(entries: Sequence[Entry]) -> None:
+            in_config[:] = entries
+            fill_room(pardons=True)
+
+        def put_named(entries: Sequence[Entry]) -> None:
+            in_dns[:] = entries
+            fill_room(pardons=False)
 
         put_room(settings.room)
         configuration = LiveConfiguration(settings, put_room)
@@ -319,7 +291,25 @@ async def running(settings: Settings, sockets: Sequence[socket.socket] = ()) -> 
             except NotAdmitted as refused:
                 raise Conflict(f"{refused}.") from refused
 
-        metrics = Metrics(leases.snapshot, leases.serves) if settings.enable_metrics else None
+        def dialled(agent_id: str, tag: str) -> None:
+            if tag and tag not in cluster.tags:
+                raise Conflict(
+                    "This agent holds the key of another cluster. On it, run `worker-agent join` with what "
+                    "`balancer cluster invite` shows here."
+                )
+            try:
+                roster.dialled(agent_id)
+            except NotAdmitted as refused:
+                raise Conflict(f"{refused}.") from refused
+
+        names = _names(put_named, cluster, roster, clock)
+        names.put(settings.named_sources())
+
+        metrics = (
+            Metrics(leases.snapshot, leases.serves, config_ok=lambda: configuration.is_ok)
+            if settings.enable_metrics
+            else None
+        )
         history = History()
         observers: list[Observer] = [log_served, history.observe]
         if metrics is not None:
@@ -327,27 +317,25 @@ async def running(settings: Settings, sockets: Sequence[socket.socket] = ()) -> 
         journey = Journey(
             leases,
             relay,
-            JourneyPolicy(
-                retry=RetryPolicy(max_retries=settings.max_retries),
-                total_seconds=settings.request_timeout,
-                total_batch_seconds=settings.request_timeout_batch,
-                max_wait_seconds=settings.max_wait,
-                max_wait_batch_seconds=settings.max_wait_batch,
-                continues=settings.continue_streams,
-            ),
+            _journey_policy(settings),
             clock=clock,
             chance=chance,
             observers=observers,
         )
+        access = Access(clock, wall)
+        key_store = KeyStore(settings.data_dir, access, wall)
+        await stack.enter_async_context(key_store.running())
         inference = Inference(
             journey,
-            InferencePolicy(
-                max_body_bytes=settings.max_body_mib * 1024 * 1024,
-                sources=Sources((*settings.allow_networks, *own_addresses())),
-                comment_seconds=settings.comment_after,
-            ),
+            _inference_policy(settings),
             secret=secrets.token_bytes(16),
+            access=access if settings.auth == "keys" else None,
         )
+        audit = Audit(settings.data_dir, clock, wall)
+        await stack.enter_async_context(audit.running())
+        tls = _client_tls(settings, wall)
+        if tls is not None:
+            await stack.enter_async_context(tls.running())
 
         def drain(worker_id: WorkerId, on: bool) -> bool:
             known = dispatcher.has_worker(worker_id)
@@ -355,11 +343,17 @@ async def running(settings: Settings, sockets: Sequence[socket.socket] = ()) -> 
             return known
 
         models = FleetModels(
-            stock, session, own_keys.cluster, headers=headers_for, is_draining=_drainings(leases.snapshot)
+            stock, session, cluster, headers=headers_for, is_draining=_drainings(leases.snapshot)
         )
         stack.push_async_callback(models.aclose)
+        listens_on: list[int] = []
+
+        def reached_at() -> tuple[str, ...]:
+            port = listens_on[0] if listens_on else settings.port
+            return places(settings.host, port, tls=settings.tls != "off")
+
         admin = Admin(
-            AdminKey(own_keys.admin, clock),
+            AdminDoor(AdminKey(own_keys.admin, clock), clock),
             Levers(
                 snapshot=leases.snapshot,
                 drain=drain,
@@ -370,6 +364,11 @@ async def running(settings: Settings, sockets: Sequence[socket.socket] = ()) -> 
                 configuration=configuration,
             ),
             AdminPolicy(body_seconds=settings.body_timeout),
+            further=[
+                *KeyRoutes(key_store, access).routes(),
+                *ClusterRoutes(cluster, reached_at, clock, watches.wake).routes(),
+            ],
+            audit=audit,
         )
         front = Front(
             inference,
@@ -378,33 +377,95 @@ async def running(settings: Settings, sockets: Sequence[socket.socket] = ()) -> 
             join=join,
             metrics=metrics,
             admin=admin.application(),
+            further=[*page_routes(), *openapi_routes(), tunnels.route()],
         )
         await stack.enter_async_context(_ticking(leases.tick, TICK_SECONDS))
         await stack.enter_async_context(_ticking(roster.tick, 1.0))
+        await stack.enter_async_context(_ticking(tunnels.tick, 1.0))
+        await stack.enter_async_context(_meanwhile(names.run()))
+        origins = Origins(_origin_policy(settings))
+        configuration.govern(
+            *_live_settings(dispatcher, journey, inference, origins, access),
+            LiveSettings(frozenset({"discover"}), lambda settings: names.put(settings.named_sources())),
+        )
         server = await stack.enter_async_context(
             HttpServer(
                 inference,
                 front.application(),
-                Origins(
-                    OriginPolicy(own_names() | set(settings.allow_hosts), frozenset(settings.allow_origins))
-                ),
+                origins,
                 _server_policy(settings),
+                tls.context if tls is not None else None,
             )
         )
         port = await _listen(server, settings, sockets)
+        listens_on.append(port)
         if settings.mdns:
             browser = Browser(found=roster.found)
             stack.push_async_callback(browser.aclose)
             await browser.start()
+
+            def announced() -> Announced:
+                return Announced(balancer_id, cluster.tag, "" if tls is None else tls.fingerprint)
+
+            await stack.enter_async_context(_meanwhile(announce(settings.host, port, announced)))
+        if settings.watch_config and settings.config is not None and settings.config.is_file():
+            await stack.enter_async_context(
+                _meanwhile(ConfigWatch(configuration.files, configuration.was_saved).run())
+            )
         gc.collect()
         gc.freeze()  # what lives as long as the process need not be looked at by every collection
-        log.info("listening on http://%s:%d", settings.host, port)
+        log.info("listening on %s://%s:%d", "http" if tls is None else "https", settings.host, port)
+        if tls is not None:
+            log.info("SHA-256 of the certificate for clients: %s", tls.fingerprint)
         yield Running(
             *(port, leases, journey, inference, server, settings.drain_timeout),
-            cluster_key=own_keys.cluster,
+            cluster=cluster,
+            places=reached_at,
+            is_first_start=any(path.name == keys.CLUSTER_KEY for path in own_keys.made),
+            new_admin_key=own_keys.admin if keys.ADMIN_KEY in {path.name for path in own_keys.made} else "",
             configuration=configuration,
             hands_over=bool(sockets),
+            tls=tls,
         )
+
+
+def wall() -> datetime:
+    """The time of day: for what expires, and for records that people read."""
+    return datetime.now(UTC)
+
+
+def _client_tls(settings: Settings, wall: Callable[[], datetime]) -> ClientTls | None:
+    """Raises `TlsFault`."""
+    match settings.tls:
+        case "off":
+            return None
+        case "files":
+            return client_tls.from_files(settings.tls_cert_file, settings.tls_key_file)
+        case "self-signed":
+
+            def names() -> client_tls.Names:
+                hosts = (*own_names(), *settings.allow_hosts)
+                return client_tls.covering(hosts, (str(one.ip) for one in own_interfaces()))
+
+            return client_tls.self_signed(settings.data_dir, names, wall)
+
+
+def _names(
+    listed: Callable[[Sequence[Entry]], None], cluster: Cluster, roster: Roster, clock: Callable[[], float]
+) -> Names:
+    async def hello(url: str) -> str:
+        try:
+            return await cluster.hello(url)
+        except NotMet as error:
+            raise NotThere(str(error)) from error
+
+    def joined(agent_id: str, address: str, port: int) -> None:
+        try:
+            roster.joined(Join(id=agent_id, port=port), address)
+        except NotAdmitted as refused:
+            raise NotThere(str(refused)) from refused
+
+    return Names(look_up=Dns(), listed=listed, hello=hello, joined=joined, clock=clock)
 
 
 def _drainings(snapshot: Callable[[], Snapshot]) -> Callable[[WorkerId], bool]:
@@ -414,8 +475,7 @@ def _drainings(snapshot: Callable[[], Snapshot]) -> Callable[[WorkerId], bool]:
     return is_draining
 
 
-@asynccontextmanager
-async def _ticking(tick: Callable[[], None], seconds: float) -> AsyncIterator[None]:
+def _ticking(tick: Callable[[], None], seconds: float) -> AbstractAsyncContextManager[None]:
     """Calls `tick` again and again while the block runs."""
 
     async def go_on() -> None:
@@ -426,8 +486,14 @@ async def _ticking(tick: Callable[[], None], seconds: float) -> AsyncIterator[No
             except Exception:  # without it nobody would be refused or retried again
                 log.exception("a defect of the balancer, in what it does every %g s", seconds)
 
+    return _meanwhile(go_on())
+
+
+@asynccontextmanager
+async def _meanwhile(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    """Does this while the block runs."""
     # Kept here, awaited on leaving. A task group would wrap what is raised in the block.
-    task = asyncio.create_task(go_on())  # noqa: TID251
+    task = asyncio.create_task(work)  # noqa: TID251
     try:
         yield
     finally:
@@ -446,6 +512,67 @@ async def _listen(server: HttpServer, settings: Settings, sockets: Sequence[sock
             f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}. "
             "Choose another port with --port."
         ) from error
+
+
+def _journey_policy(settings: Settings) -> JourneyPolicy:
+    return JourneyPolicy(
+        retry=RetryPolicy(max_retries=settings.max_retries),
+        total_seconds=settings.request_timeout,
+        total_batch_seconds=settings.request_timeout_batch,
+        max_wait_seconds=settings.max_wait,
+        max_wait_batch_seconds=settings.max_wait_batch,
+        continues=settings.continue_streams,
+    )
+
+
+def _inference_policy(settings: Settings) -> InferencePolicy:
+    return InferencePolicy(
+        max_body_bytes=settings.max_body_mib * 1024 * 1024,
+        sources=Sources((*settings.allow_networks, *own_addresses())),
+        comment_seconds=settings.comment_after,
+    )
+
+
+def _origin_policy(settings: Settings) -> OriginPolicy:
+    return OriginPolicy(own_names() | set(settings.allow_hosts), frozenset(settings.cors_origins))
+
+
+def _live_settings(
+    dispatcher: Dispatcher, journey: Journey, inference: Inference, origins: Origins, access: Access
+) -> tuple[LiveSettings, ...]:
+    """What takes effect, beside workers, when the configuration is read again."""
+    return (
+        LiveSettings(
+            frozenset(
+                {
+                    *("max_retries", "request_timeout", "request_timeout_batch"),
+                    *("max_wait", "max_wait_batch", "continue_streams"),
+                }
+            ),
+            lambda settings: journey.adopt(_journey_policy(settings)),
+        ),
+        LiveSettings(
+            frozenset({"allow_networks", "comment_after"}),
+            lambda settings: inference.adopt(_inference_policy(settings)),
+        ),
+        LiveSettings(
+            frozenset({"auth"}),
+            lambda settings: inference.ask_for_keys(access if settings.auth == "keys" else None),
+        ),
+        LiveSettings(
+            frozenset({"allow_hosts", "cors_origins"}),
+            lambda settings: origins.adopt(_origin_policy(settings)),
+        ),
+        LiveSettings(
+            frozenset({"max_queue", "max_queue_batch", "batch_reserve", "batch_floor", "hedge"}),
+            lambda settings: dispatcher.adopt(_dispatch_policy(settings)),
+        ),
+        LiveSettings(
+            frozenset({"policy", "scorer_weights"}),
+            lambda settings: dispatcher.adopt(_dispatch_policy(settings)),
+            fits=lambda before, after: POLICIES[before.policy].estimates == POLICIES[after.policy].estimates,
+        ),
+    )
 
 
 def _server_policy(settings: Settings) -> ServerPolicy:
@@ -497,10 +624,10 @@ def log_served(served: Served) -> None:
     last = served.attempts[-1] if served.attempts else None
     tokens = last.measures.output_tokens if last else None
     log.info(
-        "%s %s %s %d%s worker=%s%s attempts=%d queued=%.3fs took=%.3fs%s id=%s",
+        "%s %s %s %d%s worker=%s%s attempts=%d queued=%.3fs took=%.3fs%s",
         served.client or "-",
         served.endpoint.value,
-        served.model if served.model.isprintable() else ascii(served.model),
+        served.model,
         served.status,
         f" {served.error}" if served.error else "",
         last.worker_id if last else "-",
@@ -509,5 +636,25 @@ def log_served(served: Served) -> None:
         served.queue_seconds,
         served.seconds,
         f" tokens={tokens}" if tokens is not None else "",
-        served.request_id,
+        extra={"request_id": served.request_id, "fields": partial(_served_fields, served)},
     )
+
+
+def _served_fields(served: Served) -> Mapping[str, object]:
+    """The same for programs."""
+    last = served.attempts[-1] if served.attempts else None
+    return {
+        "client": served.client,
+        "endpoint": served.endpoint.value,
+        "model": served.model,
+        "status": served.status,
+        "error": served.error,
+        "class": served.service_class.value,
+        "worker": last.worker_id if last else None,
+        "fallback": served.fallback,
+        "attempts": len(served.attempts),
+        "queue_seconds": round(served.queue_seconds, 6),
+        "seconds": round(served.seconds, 6),
+        "prompt_tokens": last.measures.prompt_tokens if last else None,
+        "output_tokens": last.measures.output_tokens if last else None,
+    }

@@ -1,27 +1,21 @@
-"""The JSON file that people edit: its schema, its reader, and faults that say where and what instead.
-
-Read with a small grammar rather than `json`, so that every key and value knows its line and column,
-and so that what hands do is either forgiven (`//` and `/* */` comments, a trailing comma, a byte order
-mark) or named (a missing comma, single quotes, `True`). All faults are told at once.
+"""The JSON file that people edit: its schema, and faults that say where and what instead, all at once.
 
 `parse` is pure; `read` adds the reading of the file.
 """
 
 from __future__ import annotations
 
-import difflib
 import functools
 import ipaddress
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Any, Literal, NamedTuple
 
-from lark import Lark, Token, Transformer, UnexpectedCharacters, UnexpectedInput, UnexpectedToken
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -41,49 +35,33 @@ from pydantic_settings import NoDecode
 from balancer.core.model import ModelName, Worker, WorkerId
 from balancer.core.placement import POLICIES
 from balancer.worker_types import DEFAULT_TYPE, OLLAMA_DEFAULT_TAG, WORKER_TYPES, WorkerType, row_of
+from worker_agent.forgiving_json import (
+    Array,
+    Complaint,
+    ConfigFaults,
+    Fault,
+    Node,
+    Object,
+    Place,
+    Scalar,
+    did_you_mean,
+    find,
+    is_key,
+    key_of,
+    place_of,
+    plain,
+    read_text,
+    shown,
+    shown_kind,
+    tree,
+    value_of,
+)
 from worker_agent.sources import Network, parse_networks
 
-MAX_FILE_BYTES = 1024 * 1024
-MAX_DEPTH = 32  # the schema needs four levels; the bound keeps hostile nesting off our own stack
-MAX_FAULTS = 50  # of one file; more is not a list that anybody reads
 MAX_WORKERS = 1024
+MAX_NAMES = 64  # that are looked up
 MAX_ALIASES = 256  # of one worker
 DEFAULT_MAX_CONCURRENT_REQUESTS = 5
-
-
-# Faults ...
-
-
-class Place(NamedTuple):
-    """Where something begins in a text; both count from 1, columns in characters."""
-
-    line: int
-    column: int
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """One thing that is wrong with a file, and what was expected there."""
-
-    name: str
-    place: Place | None
-    """None: the fault is of the file as a whole."""
-    sentence: str
-
-    def __str__(self) -> str:
-        where = f":{self.place.line}:{self.place.column}" if self.place else ""
-        return f"{self.name}{where}: {self.sentence}"
-
-
-class ConfigFaults(Exception):
-    """Everything that is wrong with a configuration file, one line each, in the order of the file."""
-
-    def __init__(self, faults: Sequence[Fault]) -> None:
-        self.faults = tuple(faults)
-        lines = [str(fault) for fault in self.faults[:MAX_FAULTS]]
-        if len(self.faults) > MAX_FAULTS:
-            lines.append(f"... and {len(self.faults) - MAX_FAULTS} more faults")
-        super().__init__("\n".join(lines))
 
 
 class _Misnamed(ValueError):
@@ -108,7 +86,7 @@ class _Strict(BaseModel):
 
 def _printable(value: str) -> str:
     if not value.isprintable() or not value.strip():
-        raise ValueError(f"{_shown(value)} holds nothing, or a character that cannot be printed")
+        raise ValueError(f"{shown(value)} holds nothing, or a character that cannot be printed")
     return value
 
 
@@ -177,7 +155,7 @@ def located(url: str, port: int) -> Location:
     found = _URL.fullmatch(url)
     if found is None:
         raise ValueError(
-            f"{_shown(_harmless(url))} is not a url: expected one like https://host:port or https://host/v1,"
+            f"{shown(_harmless(url))} is not a url: expected one like https://host:port or https://host/v1,"
             " without user, question mark or key"
         )
     tls = found["scheme"] == "https"
@@ -234,8 +212,9 @@ class WorkerEntry(_Strict):
     """Sent as `Authorization: Bearer`; to azure as `api-key`, to anthropic as `x-api-key`."""
     api_version: Annotated[str, Field(min_length=1, max_length=32)] | None = None
     """Of type azure: the dated API to speak, `2024-10-21`. Left out: the newer one, which has no dates."""
-    tls: bool = False
-    """Speak HTTPS to it."""
+    tls: bool | None = None
+    """Speak HTTPS to it. Left out: true for an agent, else false. An agent's certificate is remembered when
+    it is first met; false is for one whose own settings say `"tls": false`."""
     ca_file: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     """Certificates (PEM) by which its own is verified, in place of those that the system trusts: of a private
     CA, or its own. A relative path starts at the folder of this JSON file."""
@@ -254,7 +233,7 @@ class WorkerEntry(_Strict):
     @classmethod
     def _a_date(cls, value: str | None) -> str | None:
         if value is not None and not re.fullmatch(r"\d{4}-\d{2}-\d{2}(-preview)?", value):
-            raise ValueError(f"{_shown(value)} is no version of Azure's API: expected one like 2024-10-21")
+            raise ValueError(f"{shown(value)} is no version of Azure's API: expected one like 2024-10-21")
         return value
 
     @model_validator(mode="after")
@@ -269,7 +248,13 @@ class WorkerEntry(_Strict):
                     raise _Misnamed(f'"url" says it all: leave out "{key}"', key, key=True)
         if self.type == "agent" and self._path:
             raise _Misnamed(
-                f"an agent has no path: expected the url without {_shown(self._path)}", "url", key=False
+                f"an agent has no path: expected the url without {shown(self._path)}", "url", key=False
+            )
+        if self.ca_file is not None and self.type == "agent":
+            raise _Misnamed(
+                "an agent's certificate is remembered when it is first met: leave out ca_file",
+                "ca_file",
+                key=True,
             )
         if self.ca_file is not None and not self._is_https:
             raise _Misnamed(
@@ -311,7 +296,7 @@ class WorkerEntry(_Strict):
             ("continues", "it goes on with no answer that was begun in the room"),
         ):
             if key in self.model_fields_set:
-                raise _Misnamed(f"a fallback has no {_shown(key)}: {why}", key, key=True)
+                raise _Misnamed(f"a fallback has no {shown(key)}: {why}", key, key=True)
         if self.api_key is None:
             raise ValueError(
                 '"api_key" is missing: a remote API is used with a key only, expected {"env": "NAME"} or'
@@ -328,7 +313,7 @@ class WorkerEntry(_Strict):
         for name, own in self.models.items():
             # It becomes a part of the path.
             if self.api_version is not None and not re.fullmatch(r"[A-Za-z0-9_.-]+", own):
-                raise _Misnamed(f"{_shown(own)} is no name of a deployment", "models", name, key=False)
+                raise _Misnamed(f"{shown(own)} is no name of a deployment", "models", name, key=False)
 
     @model_validator(mode="after")
     def _continues_where_nobody_says(self) -> WorkerEntry:
@@ -342,10 +327,10 @@ class WorkerEntry(_Strict):
             return self
         for alias, own in self.aliases.items():
             if self._as_configured(own) != self.model:
-                hint = _did_you_mean(own, [self.model], listed=False) or ': name that, or leave "model" out'
+                hint = did_you_mean(own, [self.model], listed=False) or ': name that, or leave "model" out'
                 raise _Misnamed(
-                    f'the alias {_shown(alias)} is for {_shown(own)}, but "model" of this worker is'
-                    f" {_shown(self.model)}{hint}",
+                    f'the alias {shown(alias)} is for {shown(own)}, but "model" of this worker is'
+                    f" {shown(self.model)}{hint}",
                     "aliases",
                     alias,
                     key=False,
@@ -369,7 +354,8 @@ class WorkerEntry(_Strict):
     @property
     def _address(self) -> Location:
         if self.host is not None:
-            return Location(self.tls, self.host, self.port or self._row.default_port, "")
+            tls = self.type == "agent" if self.tls is None else self.tls
+            return Location(tls, self.host, self.port or self._row.default_port, "")
         return located(self.url or self._row.default_url or "", self._row.default_port)
 
     @property
@@ -415,6 +401,66 @@ class WorkerEntry(_Strict):
         )
 
 
+class DiscoverEntry(_Strict):
+    """Workers behind a DNS name: each address that it has, now and later, is a worker."""
+
+    dns: Annotated[str, Field(min_length=1, max_length=253)] | None = None
+    """A name whose addresses (A, AAAA) are all workers: `llm-agents.default.svc.cluster.local`."""
+    srv: Annotated[str, Field(min_length=1, max_length=253)] | None = None
+    """In place of `dns`, a name of SRV records, which tell of ports too: `_llm-worker._tcp.lab.example`."""
+    port: int | None = Field(default=None, ge=1, le=65535)
+    """Beside `dns`. Left out: as for workers of this type."""
+    type: Literal["agent", "ollama", "lm_studio", "openai", "llama_cpp", "vllm"] = "agent"
+    """How to talk to what is there, by `http://` unless it is an agent."""
+    model: PrintableName | None = None
+    """The one model to ask of them. Left out: all models that each reports."""
+    aliases: Annotated[dict[PrintableName, PrintableName], Field(max_length=MAX_ALIASES)] = Field(
+        default_factory=dict
+    )
+    """As of a worker; not for agents."""
+    max_concurrent_requests: int | None = Field(default=None, ge=1, le=4096)
+    """Of each, as of a worker; not for agents."""
+    api_key: SecretReference | None = None
+    """The same for all, as of a worker."""
+
+    @field_validator("dns", "srv")
+    @classmethod
+    def _name_alone(cls, value: str | None) -> str | None:
+        return None if value is None else _bare_host(value)
+
+    @model_validator(mode="after")
+    def _one_name(self) -> DiscoverEntry:
+        if (self.dns is None) == (self.srv is None):
+            raise ValueError('expected exactly one of "dns": "NAME" and "srv": "_SERVICE._tcp.DOMAIN"')
+        if self.srv is not None and self.port is not None:
+            raise _Misnamed("SRV records tell of the port: leave it out", "port", key=True)
+        if self.type == "agent":
+            for key in ("model", "aliases", "max_concurrent_requests"):
+                if key in self.model_fields_set:
+                    raise _Misnamed("an agent says this itself: leave it out", key, key=True)
+        if self.api_key is not None and WORKER_TYPES[self.type].key_headers is None:
+            raise _Misnamed(f"nothing of type {self.type} takes a key", "api_key", key=True)
+        return self
+
+    @property
+    def name(self) -> str:
+        return self.dns or self.srv or ""
+
+    @property
+    def effective_port(self) -> int | None:
+        """None: the records tell."""
+        return None if self.dns is None else self.port or WORKER_TYPES[self.type].default_port
+
+    def pattern(self) -> WorkerEntry:
+        """What each of its workers is, but for where."""
+        more = {key: getattr(self, key) for key in ("model", "aliases", "max_concurrent_requests", "api_key")}
+        return WorkerEntry(
+            host=self.name,
+            type=self.type,
+            **{key: value for key, value in more.items() if key in self.model_fields_set},
+        )
+
+
 def _tagged(name: str) -> str:
     return name if ":" in name.rpartition("/")[2] else name + OLLAMA_DEFAULT_TAG
 
@@ -454,7 +500,7 @@ class ScorerWeights(RootModel[dict[str, Weight]]):
         for name in self.root:
             if name not in own:
                 raise _Misnamed(
-                    f"the policy {_shown(policy)} has no scorer {_shown(name)}: expected {' or '.join(own)}",
+                    f"the policy {shown(policy)} has no scorer {shown(name)}: expected {' or '.join(own)}",
                     name,
                     key=True,
                 )
@@ -535,6 +581,10 @@ class Tunables(_Strict):
     the first start. A relative path as above. The variable BALANCER_CLUSTER_KEY comes before it."""
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_capital)] = "INFO"
     """The least that is logged."""
+    log_format: Literal["text", "json"] = "text"
+    """text: lines for people. json: one object in each line, for programs."""
+    watch_config: bool = True
+    """Read this file again whenever it is saved, and apply what has changed."""
     allow_networks: Annotated[
         tuple[Network, ...],
         NoDecode,
@@ -550,17 +600,28 @@ class Tunables(_Strict):
     ] = ()
     """Names by which clients call the balancer, beside addresses, localhost, names of one word and its own
     host name: balancer.lab.org."""
-    allow_origins: Annotated[
+    cors_origins: Annotated[
         tuple[str, ...],
         NoDecode,
         BeforeValidator(_web_origins),
         WithJsonSchema({"type": "array", "items": {"type": "string"}}),
     ] = ()
     """Web pages that may ask, by their origin, beside those of the balancer's own: https://chat.lab.org."""
+    auth: Literal["lan", "keys"] = "lan"
+    """Who may ask for answers. lan: whoever has an address that is served. keys: of those, who brings a key
+    made by `balancer keys create`."""
+    tls: Literal["off", "self-signed", "files"] = "off"
+    """How clients are spoken to. self-signed: with a certificate that is made and kept in data_dir. files:
+    with that of tls_cert_file and tls_key_file."""
+    tls_cert_file: KeyFile | None = None
+    """The certificate (PEM), with those between it and its root. A relative path starts at the folder of
+    this JSON file."""
+    tls_key_file: KeyFile | None = None
+    """Its private key (PEM), without a password. A relative path as above."""
     enable_metrics: bool = True
     """Serve /metrics for Prometheus."""
     mdns: bool = True
-    """Look for agents on the local network by mDNS."""
+    """Look for agents on the local network by mDNS, and let agents find this balancer."""
     health_check_interval: Seconds = 5.0
     """Seconds between two probes of a worker that has no agent."""
     request_timeout: Seconds = 300.0
@@ -633,6 +694,8 @@ class ConfigFile(Tunables):
     """The JSON schema that an editor may use for completion."""
     workers: Annotated[tuple[WorkerEntry, ...], Field(max_length=MAX_WORKERS)] = ()
     """The workers that always belong to the room; agents also join by themselves."""
+    discover: Annotated[tuple[DiscoverEntry, ...], Field(max_length=MAX_NAMES)] = ()
+    """DNS names behind which there are workers, looked up again and again."""
 
 
 def published_schema() -> str:
@@ -643,29 +706,28 @@ def published_schema() -> str:
 # Reading ...
 
 
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """The content of a file, and where in it everything stands."""
+
+    content: ConfigFile
+    keys: Mapping[str, Place]
+    """Of each setting that the file has; of the others there is none."""
+    workers: tuple[Place, ...]
+    """Of each entry, in the order of `content.workers`."""
+
+
 def read(path: Path) -> ConfigFile:
     """The file's content, defaults filled in.
 
     Raises `ConfigFaults` with everything that is wrong with it, a missing file included.
     """
-    name = str(path)
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-    except FileNotFoundError:
-        raise ConfigFaults([Fault(name, None, "there is no such file")]) from None
-    except OSError as error:
-        raise ConfigFaults([Fault(name, None, f"cannot be read: {error.strerror or error}")]) from error
-    if len(data) > MAX_FILE_BYTES:
-        raise ConfigFaults([Fault(name, None, f"longer than {MAX_FILE_BYTES} bytes")])
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        before = data[: error.start].decode("utf-8").removeprefix("\ufeff")
-        place = Place(before.count("\n") + 1, len(before) - before.rfind("\n"))
-        sentence = f"byte 0x{data[error.start]:02x} is not UTF-8: save the file in that encoding"
-        raise ConfigFaults([Fault(name, place, sentence)]) from None
-    return parse(text, name)
+    return read_placed(path).content
+
+
+def read_placed(path: Path) -> Placed:
+    """The same, with the places of everything."""
+    return _placed(read_text(path), str(path))
 
 
 def parse(text: str, name: str) -> ConfigFile:
@@ -673,14 +735,15 @@ def parse(text: str, name: str) -> ConfigFile:
 
     Raises `ConfigFaults`, and nothing else.
     """
-    document = _Document(text.removeprefix("\ufeff"))
+    return _placed(text, name).content
+
+
+def _placed(text: str, name: str) -> Placed:
+    document = _Document(text)
     faults = sorted(document.faults)
     if faults or document.content is None:
         raise ConfigFaults([Fault(name, place, sentence) for place, sentence in faults])
-    return document.content
-
-
-_Complaint: TypeAlias = tuple[Place, str]
+    return Placed(document.content, document.keys, document.entries)
 
 
 class _Document:
@@ -688,291 +751,57 @@ class _Document:
 
     def __init__(self, text: str) -> None:
         self.content: ConfigFile | None = None
-        self.faults: list[_Complaint] = []
-        root = self._tree(text)
+        self.faults: list[Complaint] = []
+        self.keys: Mapping[str, Place] = {}
+        self.entries: tuple[Place, ...] = ()
+        root = tree(text, self.faults, instead='{"workers": [...]}')
         if root is None:
             return
-        plain = _plain(root, self.faults)
+        values = plain(root, self.faults)
         spoiled = {place for place, _ in self.faults}
         try:
-            self.content = ConfigFile.model_validate(plain)
+            self.content = ConfigFile.model_validate(values)
         except ValidationError as error:
             told = (_sentence(details, root) for details in error.errors(include_url=False))
             # What could not even be read was told already.
             self.faults += [complaint for complaint in told if complaint[0] not in spoiled]
         self.faults += _clashes(root)
-
-    def _tree(self, text: str) -> _Node | None:
-        if len(text) > MAX_FILE_BYTES:
-            self.faults.append((Place(1, 1), f"longer than {MAX_FILE_BYTES} characters"))
-            return None
-        try:
-            # With the transformer built in, the parser hands over the root node, not a tree.
-            root: object = _grammar().parse(text, on_error=self._bridged)
-        except UnexpectedInput as error:
-            self.faults.append(_syntax(error, text))
-            return None
-        return root if isinstance(root, _Scalar | _Object | _Array) else None
-
-    def _bridged(self, error: UnexpectedInput) -> bool:
-        """Reads on over a missing comma, the commonest slip, so that the rest is checked too."""
-        if not isinstance(error, UnexpectedToken) or "COMMA" not in error.accepts:
-            return False
-        token = error.token
-        if token.type not in _VALUE_TERMINALS or len(self.faults) >= MAX_FAULTS:
-            return False
-        try:
-            error.interactive_parser.feed_token(Token("COMMA", ","))
-            error.interactive_parser.feed_token(token)
-        except UnexpectedToken:  # `{"a": 1 {` needs more than a comma
-            return False
-        self.faults.append((_place(token), f"expected a comma before {_shown_token(token)}"))
-        return True
-
-
-# The grammar reads more than JSON: what is nearly right becomes a node, and then one precise fault.
-_GRAMMAR = r"""
-start: value
-?value: mapping | sequence | scalar
-mapping: LBRACE (pair (COMMA pair)* COMMA?)? RBRACE
-sequence: LBRACKET (value (COMMA value)* COMMA?)? RBRACKET
-pair: key COLON value
-key: STRING | SINGLE | NAME
-scalar: STRING | SINGLE | NUMBER | NAME
-
-LBRACE: "{"
-RBRACE: "}"
-LBRACKET: "["
-RBRACKET: "]"
-COMMA: ","
-COLON: ":"
-STRING: /"(?:[^"\\\n]|\\[^\n])*"/
-SINGLE: /'(?:[^'\\\n]|\\[^\n])*'/
-NUMBER: /[-+.0-9][-+.0-9A-Za-z_]*/
-NAME: /[A-Za-z_$][A-Za-z0-9_$]*/
-%ignore /[ \t\r\n]+/
-%ignore /\/\/[^\n]*/
-%ignore /\/\*[\s\S]*?\*\//
-"""
-_VALUE_TERMINALS = frozenset({"STRING", "SINGLE", "NUMBER", "NAME", "LBRACE", "LBRACKET"})
-
-
-@dataclass(frozen=True, slots=True)
-class _Scalar:
-    token: Token
-    depth: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class _Object:
-    token: Token
-    members: tuple[tuple[Token, _Node], ...]
-    depth: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Array:
-    token: Token
-    items: tuple[_Node, ...]
-    depth: int
-
-
-_Node: TypeAlias = _Scalar | _Object | _Array
-
-
-class _Nodes(Transformer[Token, Any]):
-    """Builds nodes while the parser reduces, so that no recursion depends on the text's depth."""
-
-    def start(self, children: list[_Node]) -> _Node:
-        return children[0]
-
-    def scalar(self, children: list[Token]) -> _Node:
-        return _Scalar(children[0])
-
-    def key(self, children: list[Token]) -> Token:
-        return children[0]
-
-    def pair(self, children: list[Any]) -> tuple[Token, _Node]:
-        return children[0], children[2]
-
-    def mapping(self, children: list[Any]) -> _Node:
-        members = tuple(child for child in children if isinstance(child, tuple))
-        depth = 1 + max((node.depth for _, node in members), default=0)
-        # Beyond the bound the content is dropped and only the depth carried on.
-        return _Object(children[0], members if depth <= MAX_DEPTH else (), depth)
-
-    def sequence(self, children: list[Any]) -> _Node:
-        items = tuple(child for child in children if isinstance(child, _Scalar | _Object | _Array))
-        depth = 1 + max((node.depth for node in items), default=0)
-        return _Array(children[0], items if depth <= MAX_DEPTH else (), depth)
-
-
-@functools.cache
-def _grammar() -> Lark:
-    return Lark(_GRAMMAR, parser="lalr", transformer=_Nodes(), maybe_placeholders=False)
-
-
-def _place(token: Token) -> Place:
-    return Place(token.line or 1, token.column or 1)
-
-
-# From nodes to values; what is nearly JSON is named here ...
-
-
-def _plain(node: _Node, faults: list[_Complaint]) -> object:
-    if node.depth > MAX_DEPTH:
-        faults.append((_place(node.token), f"nested more than {MAX_DEPTH} levels deep"))
-        return None
-    match node:
-        case _Scalar(token):
-            try:
-                return _value(token)
-            except ValueError as error:
-                faults.append((_place(token), str(error)))
-                return None
-        case _Array(_, items):
-            return tuple(_plain(item, faults) for item in items)
-        case _Object(_, members):
-            return _plain_object(members, faults)
-
-
-def _plain_object(members: Iterable[tuple[Token, _Node]], faults: list[_Complaint]) -> dict[str, object]:
-    plain: dict[str, object] = {}
-    first: dict[str, Place] = {}
-    for token, node in members:
-        value = _plain(node, faults)
-        try:
-            key = _key(token)
-        except ValueError as error:
-            faults.append((_place(token), str(error)))
-            continue
-        if token.type != "STRING":
-            faults.append((_place(token), f"expected double quotes around a key: {_shown(key)}"))
-        if key in first:
-            line = first[key].line
-            faults.append((_place(token), f"{_shown(key)} stands in line {line} already: expected it once"))
-        else:
-            first[key] = _place(token)
-            plain[key] = value
-    return plain
-
-
-def _key(token: Token) -> str:
-    """What is meant, even without the right quotes; raises `ValueError` with the sentence for the user."""
-    match token.type:
-        case "STRING":
-            return _text(token)
-        case "SINGLE":
-            return token[1:-1]
-    return str(token)
-
-
-_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?")
-_WORDS: Mapping[str, bool | None] = {"true": True, "false": False, "null": None}
-
-
-def _value(token: Token) -> object:
-    """Raises `ValueError` with the sentence for the user."""
-    match token.type:
-        case "STRING":
-            return _text(token)
-        case "SINGLE":
-            raise ValueError(f"expected double quotes: {_shown(token[1:-1])}")
-        case "NUMBER":
-            if len(token) > 40 or not _NUMBER.fullmatch(token):
-                raise ValueError(
-                    f"{_shown_token(token)} is not a number of JSON: expected one like 5 or 0.25"
-                )
-            return json.loads(token)
-    if token in _WORDS:
-        return _WORDS[token]
-    lowered = {"none": "null", "nil": "null", "yes": "true", "no": "false"}.get(token.lower(), token.lower())
-    meant = lowered if lowered in _WORDS else _shown(token)
-    raise ValueError(f"{_shown_token(token)} is not a value of JSON, did you mean {meant}?")
-
-
-def _text(token: Token) -> str:
-    """Raises `ValueError` with the sentence for the user."""
-    try:
-        text: str = json.loads(token, strict=False)
-    except json.JSONDecodeError as error:
-        escape = token[error.pos : error.pos + 2]
-        raise ValueError(
-            rf"{_shown(escape)} is not an escape that JSON knows: write \\ for one backslash"
-        ) from None
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("half of a surrogate pair: expected a whole character")
-    return text
-
-
-def _syntax(error: UnexpectedInput, text: str) -> _Complaint:
-    if isinstance(error, UnexpectedCharacters):
-        place = Place(error.line, error.column)
-        rest = text[error.pos_in_stream or 0 :][:2]
-        if rest[:1] in ("'", '"'):
-            return place, f"the text that begins here has no closing {rest[:1]} in its line"
-        if rest == "/*":
-            return place, "the comment that begins here has no end: expected */"
-        return place, f"{_shown(rest[:1])} does not belong here: {_wanted(error.allowed or ())}"
-    if isinstance(error, UnexpectedToken):
-        token = error.token
-        if token.type != "$END":
-            return _place(token), f"{_shown_token(token)} does not belong here: {_wanted(error.accepts)}"
-        if token.end_line is None or token.end_column is None:
-            return Place(1, 1), 'nothing in here: expected {"workers": [...]}'
-        place = Place(token.end_line, token.end_column)
-        return place, f"the file ends here too early: {_wanted(error.accepts)}"
-    return Place(1, 1), f"cannot be read: {error}"  # lark has no third kind of unexpected input
-
-
-_SIGNS = {"LBRACE": "{", "RBRACE": "}", "LBRACKET": "[", "RBRACKET": "]", "COMMA": "a comma", "COLON": ":"}
-
-
-def _wanted(terminals: Iterable[str]) -> str:
-    names = set(terminals)
-    if "NUMBER" in names:  # wherever a number may stand, any value may
-        names -= _VALUE_TERMINALS
-        wanted = ["a value"]
-    elif "STRING" in names:
-        names -= _VALUE_TERMINALS
-        wanted = ["a key in double quotes"]
-    else:
-        wanted = []
-    wanted += [_SIGNS[name] for name in sorted(names) if name in _SIGNS]
-    return f"expected {' or '.join(wanted)}" if wanted else "expected the end of the file"
+        self.entries = tuple(place_of(entry.token) for entry in _entries(root))
+        if not self.faults and isinstance(root, Object):
+            self.keys = {key_of(token): place_of(token) for token, _ in root.members}
 
 
 # From pydantic's complaints to ours ...
 
 
-def _sentence(details: ErrorDetails, root: _Node) -> _Complaint:
+def _sentence(details: ErrorDetails, root: Node) -> Complaint:
     loc = details["loc"]
     if loc[-1:] == ("[key]",):  # pydantic's way to say that the key is wrong, not its value
-        name = f"the name {_shown(loc[-2])}"
-        return _find(
+        name = f"the name {shown(loc[-2])}"
+        return find(
             root, loc[:-1], key=True
         ), f"{name} cannot be used: expected 1 to 128 printable characters"
-    place = _find(root, loc, key=details["type"] == "extra_forbidden")
+    place = find(root, loc, key=details["type"] == "extra_forbidden")
     subject = _subject(loc)
     match details["type"]:
         case "extra_forbidden" if "api_key" in loc:  # a key that was put in the wrong place is not shown
             return place, "unknown key: expected one of env, file"
         case "extra_forbidden":
             known = list(_schema_at(loc[:-1]).get("properties", {}))
-            return place, f"unknown key {_shown(loc[-1])}{_did_you_mean(str(loc[-1]), known)}"
+            return place, f"unknown key {shown(loc[-1])}{did_you_mean(str(loc[-1]), known)}"
         case "missing":
             return place, f"{subject} is missing: expected {expected(loc)}"
         case "value_error":
             error = details.get("ctx", {}).get("error", details["msg"])
             if isinstance(error, _Misnamed):
-                place = _find(root, (*loc, *error.within), key=error.key)
+                place = find(root, (*loc, *error.within), key=error.key)
             return place, str(error)
     if loc[-1:] == ("url",) or loc[-1:] == ("host",) or "api_key" in loc:
-        shown = _shown_kind(details["input"])
-        return place, f"{subject} is {shown}: expected {expected(loc)}"
+        kind = shown_kind(details["input"])
+        return place, f"{subject} is {kind}: expected {expected(loc)}"
     choices = _schema_at(loc).get("enum", [])
-    hint = _did_you_mean(str(details["input"]), choices, listed=False)
-    return place, f"{subject} is {_shown(details['input'])}: expected {expected(loc)}{hint}"
+    hint = did_you_mean(str(details["input"]), choices, listed=False)
+    return place, f"{subject} is {shown(details['input'])}: expected {expected(loc)}{hint}"
 
 
 def expected(loc: Sequence[str | int]) -> str:
@@ -981,14 +810,12 @@ def expected(loc: Sequence[str | int]) -> str:
         return 'an object like {"workers": [...]}'
     schema = _schema_at(loc)
     default = schema.get("default")
-    return _words(schema) + (
-        f" (default {_shown(default)})" if isinstance(default, str | int | float) else ""
-    )
+    return _words(schema) + (f" (default {shown(default)})" if isinstance(default, str | int | float) else "")
 
 
 def _words(schema: Mapping[str, Any]) -> str:
     if "enum" in schema or "const" in schema:
-        choices = ", ".join(_shown(choice) for choice in schema.get("enum", [schema.get("const")]))
+        choices = ", ".join(shown(choice) for choice in schema.get("enum", [schema.get("const")]))
         return f"one of {choices}" if "enum" in schema else choices
     match schema.get("type"):
         case "integer" | "number" as kind:
@@ -1031,55 +858,24 @@ def _resolved(schema: dict[str, Any]) -> dict[str, Any]:
             return schema
 
 
-def _find(root: _Node, loc: Sequence[str | int], *, key: bool) -> Place:
-    """Where the value at `loc` begins, or with `key` its key; for what is missing, where it would belong."""
-    node, place = root, _place(root.token)
-    for part in loc:
-        if isinstance(node, _Array) and isinstance(part, int):
-            node = node.items[part]
-            place = _place(node.token)
-        elif isinstance(node, _Object):
-            member = next((pair for pair in node.members if _is(pair[0], part)), None)
-            if member is None:
-                break
-            node = member[1]
-            place = _place(member[0] if key else node.token)
-    return place
-
-
-def _is(token: Token, key: str | int) -> bool:
-    try:
-        return _key(token) == key
-    except ValueError:
-        return False
-
-
 def _subject(loc: Sequence[str | int]) -> str:
     match loc:
         case []:
             return "the file"
         case [*_, str(key), int(index)]:
             return f"{key}[{index}]"
-    return _shown(loc[-1])
-
-
-def _did_you_mean(word: str, known: Sequence[str], *, listed: bool = True) -> str:
-    plain = word.lower().replace("-", "_").replace(" ", "_")
-    close = difflib.get_close_matches(plain, known, n=1) or [one for one in known if one.lower() == plain]
-    if close:
-        return f", did you mean {_shown(close[0])}?"
-    return f": expected one of {', '.join(known)}" if listed else ""
+    return shown(loc[-1])
 
 
 # What one entry cannot know: the others ...
 
 
-def _clashes(root: _Node) -> Iterator[_Complaint]:
+def _clashes(root: Node) -> Iterator[Complaint]:
     """Two workers under one id, or one server listed twice; read from the nodes, valid entries or not."""
     ids: dict[str, Place] = {}
     servers: dict[tuple[str, int, str], Place] = {}
     for entry in _entries(root):
-        place = _place(entry.token)
+        place = place_of(entry.token)
         scalars = {key: (place, value) for key, place, value in _scalars(entry)}
         _, host = scalars.get("host", (place, None))
         _, kind = scalars.get("type", (place, DEFAULT_TYPE))
@@ -1099,27 +895,27 @@ def _clashes(root: _Node) -> Iterator[_Complaint]:
             server = f"{host}:{port}"
             earlier = servers.setdefault((host.lower().strip("[]"), port, path), place)
             if earlier is not place:
-                yield at_server, f"{_shown(server + path)} is the worker of line {earlier.line} already"
+                yield at_server, f"{shown(server + path)} is the worker of line {earlier.line} already"
             else:
                 own = own or server
         if isinstance(own, str):
             earlier = ids.setdefault(own, place)
             if earlier is not place:
-                yield at_id, f"the id {_shown(own)} is taken by the worker of line {earlier.line}"
+                yield at_id, f"the id {shown(own)} is taken by the worker of line {earlier.line}"
 
 
-def _entries(root: _Node) -> Iterator[_Object]:
-    if isinstance(root, _Object):
+def _entries(root: Node) -> Iterator[Object]:
+    if isinstance(root, Object):
         for token, node in root.members:
-            if _is(token, "workers") and isinstance(node, _Array):
-                yield from (item for item in node.items if isinstance(item, _Object))
+            if is_key(token, "workers") and isinstance(node, Array):
+                yield from (item for item in node.items if isinstance(item, Object))
 
 
-def _scalars(entry: _Object) -> Iterator[tuple[str, Place, object]]:
+def _scalars(entry: Object) -> Iterator[tuple[str, Place, object]]:
     for token, node in entry.members:
-        if isinstance(node, _Scalar):
+        if isinstance(node, Scalar):
             try:
-                yield _key(token), _place(node.token), _value(node.token)
+                yield key_of(token), place_of(node.token), value_of(node.token)
             except ValueError:
                 continue
 
@@ -1132,22 +928,22 @@ def _bare_host(value: str) -> str:
     scheme, found, rest = value.partition("://")
     if found:
         alone = rest.split("/")[0].rpartition("@")[2].split(":")[0]
-        advice = f": write {_shown(alone)}" if alone else ""
+        advice = f": write {shown(alone)}" if alone else ""
         tls = ', and "tls": true beside it' if scheme.lower() == "https" else ""
         raise ValueError(
-            f"{_shown(_harmless(value))} is an address with a scheme, expected the host alone{advice}{tls}"
+            f"{shown(_harmless(value))} is an address with a scheme, expected the host alone{advice}{tls}"
         )
     if "@" in value:
-        raise ValueError(f"expected the host alone, without a user: {_shown(value.rpartition('@')[2])}")
+        raise ValueError(f"expected the host alone, without a user: {shown(value.rpartition('@')[2])}")
     bare = value[1:-1] if value.startswith("[") and value.endswith("]") else value
     if _is_ipv6(bare):
         return bare
     name, found, port = value.rpartition(":")
     if found and port.isascii() and port.isdigit():
-        raise ValueError(f'{_shown(value)} holds a port, expected "host": {_shown(name)}, "port": {port[:5]}')
+        raise ValueError(f'{shown(value)} holds a port, expected "host": {shown(name)}, "port": {port[:5]}')
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", value):
         raise ValueError(
-            f"{_shown(value)} is not a host: expected a name like mac-studio.local, or an address"
+            f"{shown(value)} is not a host: expected a name like mac-studio.local, or an address"
         )
     return value
 
@@ -1164,29 +960,3 @@ def _is_ipv6(text: str) -> bool:
     except ValueError:
         return False
     return scope is None or re.fullmatch(r"[A-Za-z0-9_.-]+", scope) is not None
-
-
-def _shown(value: object) -> str:
-    """A value as JSON would have it, printable and short."""
-    match value:
-        case Mapping():
-            return "an object"
-        case list() | tuple():
-            return "a list"
-        case str():
-            text = json.dumps(value, ensure_ascii=not value.isprintable())
-        case _:
-            text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _shown_kind(value: object) -> str:
-    """The same of what may be a secret, or hold one: what it is, and not what it says."""
-    return f"a text of {len(value)} characters" if isinstance(value, str) else _shown(value)
-
-
-def _shown_token(token: Token) -> str:
-    text = str(token)
-    if not text.isprintable():
-        text = text.encode("ascii", "backslashreplace").decode("ascii")
-    return text if len(text) <= 60 else text[:57] + "..."

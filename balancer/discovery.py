@@ -1,8 +1,9 @@
 """Who belongs to the room: listed in the config, joined by address, or found by mDNS.
 
 `Roster` merges the three sources into one set of workers and sees to it that each is watched. It is told
-the time and does no I/O. `Browser` listens for mDNS and passes on what agents announce. mDNS is a hint:
-it brings candidates, the report stream alone decides who is alive and who is who.
+the time and does no I/O. `Browser` listens for mDNS and passes on what agents announce. Both that and a join
+are hints: they bring candidates, of whom nobody is told before they were met (`cluster`), and the report
+stream alone decides who is alive.
 """
 
 from __future__ import annotations
@@ -11,24 +12,30 @@ import asyncio
 import enum
 import ipaddress
 import logging
-import re
-import socket
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Protocol, TypeAlias
+from typing import Final, Protocol
 
-import psutil
 from zeroconf import Error as ZeroconfError
 from zeroconf import InterfaceChoice, IPVersion, ServiceStateChange, Zeroconf
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
 from balancer.core.model import Event, Gone, Lost, Reported, Seen, Worker, WorkerId
+from balancer.upstream import TUNNEL_SCHEME, tunnel_url
 from worker_agent import wire
+from worker_agent.reachability import (
+    MAX_ADDRESSES,
+    Interface,
+    by_reachability,
+    own_interfaces,
+    parsed_address,
+)
+from worker_agent.wire import Announced
 
 log = logging.getLogger(__name__)
 
 MAX_GUESTS = 256  # workers that the config does not list
-MAX_ADDRESSES = 8  # of one announcement
 MAX_BANNED = 256  # workers that somebody has removed
 MAX_REFUSALS_TOLD = 64  # a warning each, in all; anybody may announce anything
 FORGET_AFTER_SECONDS = 600.0
@@ -37,9 +44,6 @@ EVICT_AFTER_SECONDS = 30.0
 TRY_NEXT_AFTER_SECONDS = 4.0
 """A lost worker's next address is tried, or the one that mDNS announces for an agent that had joined; a try
 on a silent address takes `wire.LOST_AFTER_SECONDS`."""
-
-Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
-Interface: TypeAlias = ipaddress.IPv4Interface | ipaddress.IPv6Interface
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +65,8 @@ class TooManyBanned(Exception):
 class Watching(Protocol):
     """The part of `watch.Watches` that the roster needs."""
 
-    def follow(self, worker: Worker, headers: Mapping[str, str] = ...) -> None: ...
+    def follow(self, worker: Worker, headers: Mapping[str, str] = ..., *, is_guest: bool = ...) -> None: ...
+    def wake(self, worker_id: WorkerId) -> None: ...
     def forget(self, worker_id: WorkerId) -> None: ...
 
 
@@ -84,18 +89,21 @@ class _Member:
     lost_since: float | None
     """None: it was heard of last. A new member counts as lost until then."""
     tried_at: float
-    """When its present address was taken."""
+    """When its present address was taken, if nothing was heard from there since."""
     urls: tuple[str, ...]
     """Where it may be reached, best first; the worker has one of them."""
     proven: bool = False
     """It has reported at least once."""
+    told: Worker | None = None
+    """As the rest of the program knows it; None: it does not, for it was not met yet."""
 
 
 class Roster:
     """The members of the room. All its methods return at once; call them from the event loop only.
 
-    `tell` receives `Seen` and `Gone`. Give `notice` every event of the watches, and call `tick` about once
-    a second. `agent_headers` go with every request to a joined or found agent.
+    `tell` receives `Seen` and `Gone`: of a guest, who joined or was found, only once it was `met`. Give
+    `notice` every event of the watches, and call `tick` about once a second. `tags` gives those of our
+    cluster: who announces another one belongs to somebody else.
     """
 
     def __init__(
@@ -104,13 +112,13 @@ class Roster:
         tell: Callable[[Event], None],
         watches: Watching,
         clock: Callable[[], float],
-        agent_headers: Mapping[str, str] | None = None,
+        tags: Callable[[], frozenset[str]] = frozenset,
         interfaces: Callable[[], Sequence[Interface]] | None = None,
     ) -> None:
         self._tell = tell
         self._watches = watches
         self._clock = clock
-        self._agent_headers = dict(agent_headers or {})
+        self._tags = tags
         self._interfaces = interfaces or own_interfaces
         self._members: dict[WorkerId, _Member] = {}
         self._listed: dict[WorkerId, Entry] = {}
@@ -121,12 +129,16 @@ class Roster:
     @property
     def workers(self) -> tuple[Worker, ...]:
         """The room as it is now."""
-        return tuple(member.worker for member in self._members.values())
+        return tuple(member.told for member in self._members.values() if member.told is not None)
 
     @property
     def sources(self) -> Mapping[WorkerId, str]:
         """How each came to be known: `config`, `join` or `mdns`."""
-        return {worker_id: _SOURCE_WORDS[member.source] for worker_id, member in self._members.items()}
+        return {
+            worker_id: _SOURCE_WORDS[member.source]
+            for worker_id, member in self._members.items()
+            if member.told is not None
+        }
 
     @property
     def banned(self) -> tuple[WorkerId, ...]:
@@ -135,11 +147,12 @@ class Roster:
 
     # Three ways in ...
 
-    def static(self, entries: Iterable[Entry]) -> None:
-        """Replaces what the config lists; workers that are listed as before are left in peace. What it lists
-        is let in, even if it was removed before."""
+    def static(self, entries: Iterable[Entry], *, pardons: bool = True) -> None:
+        """Replaces what the config lists; workers that are listed as before are left in peace. `pardons`:
+        what it lists is let in, even if it was removed before."""
         self._listed = {entry.worker.id: entry for entry in entries}
-        self._banned -= self._listed.keys()
+        if pardons:
+            self._banned -= self._listed.keys()
         self._insist_on_listed()
 
     def _insist_on_listed(self) -> None:
@@ -154,11 +167,11 @@ class Roster:
                 known.source, known.urls = _Source.STATIC, (entry.worker.url,)
             else:
                 self._put(entry.worker, entry.headers, _Source.STATIC, (entry.worker.url,))
-        urls = {entry.worker.url for entry in listed.values()}
+        places = {_place(entry.worker.url) for entry in listed.values()}
         for worker_id, member in list(self._members.items()):
             if worker_id in listed:
                 continue
-            if member.source is _Source.STATIC or member.worker.url in urls:
+            if member.source is _Source.STATIC or _place(member.worker.url) in places:
                 self._remove(
                     worker_id,
                     "it is no longer listed" if member.source is _Source.STATIC else "the config has it",
@@ -174,13 +187,30 @@ class Roster:
             raise NotAdmitted(f"{address[:64]!r} is not an address that a worker can have")
         self._welcome(WorkerId(join.id), (url,), _Source.JOINED)
 
-    def found(self, agent_id: str, addresses: Sequence[str], port: int) -> None:
-        """mDNS announced an agent; ignored when it is known better already.
+    def dialled(self, agent_id: str) -> None:
+        """An agent has opened connections to us, and waits on them.
+
+        Raises `NotAdmitted` when the room is full, or it was removed from it.
+        """
+        url = tunnel_url(agent_id)
+        known = self._members.get(WorkerId(agent_id))
+        if known is not None and known.lost_since is None:
+            known.urls = _joined((*known.urls, url))  # a second way, should the first one end
+        else:
+            self._welcome(WorkerId(agent_id), (url,), _Source.JOINED)
+            self._watches.wake(WorkerId(agent_id))
+
+    def found(self, announced: Announced, addresses: Sequence[str], port: int) -> None:
+        """mDNS announced an agent; ignored when it is known better already, or belongs to another cluster.
 
         One that cannot be let in is warned of once: nobody answers an announcement, so the log is where to
         learn of two agents with one id.
         """
+        agent_id = announced.id
         if not 1 <= port <= 65535:
+            return
+        if announced.tag and announced.tag not in self._tags():
+            log.debug("agent %s belongs to another cluster", agent_id)
             return
         usable = by_reachability(addresses, self._interfaces())
         urls = tuple(url for address in usable[:MAX_ADDRESSES] if (url := _url(address, port)) is not None)
@@ -230,10 +260,25 @@ class Roster:
                 if (member := self._members.get(worker_id)) is not None:
                     member.lost_since = None
                     member.proven = True
+                    member.tried_at = -math.inf  # with success
             case Lost(worker_id):
                 member = self._members.get(worker_id)
                 if member is not None and member.lost_since is None:
                     member.lost_since = self._clock()
+
+    def met(self, worker: Worker) -> None:
+        """There is a session with this agent, where it is now."""
+        member = self._members.get(worker.id)
+        if member is None or member.source is _Source.STATIC:
+            return
+        if member.worker.url != worker.url:
+            if member.lost_since is None:
+                return
+            member.urls = _joined((worker.url, *member.urls))
+            self._move(member, worker.url)
+        if member.told != member.worker:
+            member.told = member.worker
+            self._tell(Seen(member.worker))
 
     def tick(self) -> None:
         """Tries the next address of lost agents that have several, and forgets guests lost for long."""
@@ -247,15 +292,18 @@ class Roster:
                 len(member.urls) > 1
                 and now - max(member.tried_at, member.lost_since) >= TRY_NEXT_AFTER_SECONDS
             ):
-                self._try_next(member, now)
+                self._try_next(member)
 
-    def _try_next(self, member: _Member, now: float) -> None:
+    def _try_next(self, member: _Member) -> None:
         urls, here = member.urls, member.worker.url
-        url = urls[(urls.index(here) + 1) % len(urls)] if here in urls else urls[0]
+        self._move(member, urls[(urls.index(here) + 1) % len(urls)] if here in urls else urls[0])
+
+    def _move(self, member: _Member, url: str) -> None:
+        """It is looked for there from now on; who asks it is told of that when it was met there."""
         log.debug("agent %s is tried at %s", member.worker.id, url)
         member.worker = Worker(id=member.worker.id, type="agent", url=url)
-        member.tried_at = now
-        self._announce(member)
+        member.tried_at = self._clock()
+        self._watches.follow(member.worker, member.headers, is_guest=True)
 
     def _welcome(self, worker_id: WorkerId, urls: tuple[str, ...], source: _Source) -> None:
         """An agent says that it is there, at one of these. Raises `NotAdmitted`."""
@@ -272,6 +320,9 @@ class Roster:
             known.source, known.urls = source, urls
             return
         if known is not None and known.lost_since is None:
+            if known.worker.url.startswith(TUNNEL_SCHEME):
+                known.urls = _joined((*known.urls, *urls))  # for when nobody dials any more
+                return
             if not set(urls).isdisjoint(known.urls):
                 return  # heard by another of its network cards
             # Whoever is alive under an id keeps it: an announcement is no proof of being the same agent.
@@ -279,7 +330,8 @@ class Roster:
                 f'an agent called "{worker_id}" is alive at {known.worker.url}: give this one another id'
                 " with --id"
             )
-        rivals = [m for m in self._members.values() if m.worker.url in urls and m is not known]
+        places = set(map(_place, urls))
+        rivals = [m for m in self._members.values() if _place(m.worker.url) in places and m is not known]
         if any(rival.source is _Source.STATIC for rival in rivals):
             return  # the same server, under the name that the config gives it
         alive = {m.worker.url: m for m in rivals if m.lost_since is None and m.source >= source}
@@ -293,7 +345,11 @@ class Roster:
                 self._remove(rival.worker.id, f'"{worker_id}" is there now')
         if known is None:
             self._make_way()
-        self._put(Worker(id=worker_id, type="agent", url=free[0]), self._agent_headers, source, free)
+        elif known.source >= source and self._clock() - known.tried_at < TRY_NEXT_AFTER_SECONDS:
+            # Whoever announces it anew each moment would have no address tried to its end.
+            known.source, known.urls = source, _joined((*free, *known.urls))
+            return
+        self._put(Worker(id=worker_id, type="agent", url=free[0]), {}, source, free)
 
     def _is_given_up(self, member: _Member) -> bool:
         """Nobody is heard where it is, and there was time to be: an announcement may know better."""
@@ -320,95 +376,46 @@ class Roster:
         now = self._clock()
         known = self._members.get(worker.id)
         if known is None or known.source is not source:
-            log.info("worker %s belongs to the room (%s), at %s", worker.id, source.name.lower(), worker.url)
+            level = logging.INFO if source is _Source.STATIC else logging.DEBUG
+            log.log(level, "worker %s is known by %s, at %s", worker.id, _SOURCE_WORDS[source], worker.url)
         # A guest that moves stays lost since when it was: only a report ends that.
         lost_since = now if known is None or known.lost_since is None else known.lost_since
         proven = known is not None and known.proven
-        member = _Member(worker, headers, source, lost_since, now, urls, proven)
+        told = None if known is None else known.told
+        is_guest = source is not _Source.STATIC
+        member = _Member(worker, headers, source, lost_since, now, urls, proven, told)
         self._members[worker.id] = member
-        self._announce(member)
-
-    def _announce(self, member: _Member) -> None:
-        self._tell(Seen(member.worker))
-        self._watches.follow(member.worker, member.headers)
+        if not is_guest:
+            member.told = worker
+            self._tell(Seen(worker))
+        self._watches.follow(worker, headers, is_guest=is_guest)
 
     def _remove(self, worker_id: WorkerId, reason: str) -> None:
-        log.info("worker %s does not belong to the room any more: %s", worker_id, reason)
-        del self._members[worker_id]
+        member = self._members.pop(worker_id)
         self._watches.forget(worker_id)
-        self._tell(Gone(worker_id))
+        if member.told is not None:
+            log.info("worker %s does not belong to the room any more: %s", worker_id, reason)
+            self._tell(Gone(worker_id))
 
 
-# Addresses; pure but for `own_interfaces` ...
+def _place(url: str) -> str:
+    """Host and port: whoever is there is one, with TLS or without."""
+    return url.partition("://")[2].partition("/")[0]
 
 
-def by_reachability(addresses: Sequence[str], own: Sequence[Interface]) -> tuple[str, ...]:
-    """The announced addresses that may work from here, the likeliest first.
-
-    IPv4 of a network that this machine is in comes first, then IPv6 of such a network, then whatever needs a
-    router. Link-local IPv6 works with its scope only, and comes last; without one it is left out. Loopback
-    counts, and is best, when the announcement comes from this very machine: all of its addresses are ours.
-    """
-    parsed = [address for text in addresses[: 4 * MAX_ADDRESSES] if (address := _parsed(text)) is not None]
-    ours = {interface.ip for interface in own}
-    from_here = all(address.is_loopback or address in ours for address in parsed)
-
-    def rank(address: Address) -> int:
-        if address.is_loopback:
-            return 0
-        if address in ours and not from_here:
-            return 5  # it leads back to us: a bridge that has the same address on many machines
-        if address.is_link_local and address.version == 6:
-            return 4
-        near = any(address in interface.network for interface in own)
-        return (1 if near else 3) if address.version == 4 else (2 if near else 3)
-
-    usable = [
-        address
-        for address in dict.fromkeys(parsed)
-        if not (address.is_unspecified or address.is_multicast)
-        and (from_here or not address.is_loopback)
-        and not (
-            isinstance(address, ipaddress.IPv6Address) and address.is_link_local and not address.scope_id
-        )
-    ]
-    return tuple(str(address) for address in sorted(usable, key=rank))
-
-
-def own_interfaces() -> tuple[Interface, ...]:
-    """The addresses of this machine with their networks, read from the system now."""
-    found: list[Interface] = []
-    for addresses in psutil.net_if_addrs().values():
-        for address in addresses:
-            if address.family in (socket.AF_INET, socket.AF_INET6):
-                host = address.address.partition("%")[0]
-                # ipaddress has no constructor from an IPv6 netmask in colon form: count its bits.
-                bits = int(ipaddress.ip_address(address.netmask)).bit_count() if address.netmask else None
-                found.append(ipaddress.ip_interface(host if bits is None else f"{host}/{bits}"))
-    return tuple(found)
-
-
-def _parsed(text: str) -> Address | None:
-    try:
-        address = ipaddress.ip_address(text)
-    except ValueError:
-        return None
-    if isinstance(address, ipaddress.IPv6Address):
-        if address.ipv4_mapped is not None:  # how a dual-stack socket tells of an IPv4 peer
-            return address.ipv4_mapped
-        if address.scope_id is not None and not re.fullmatch(r"[A-Za-z0-9_.-]+", address.scope_id):
-            return None
-    return address
+def _joined(urls: Iterable[str]) -> tuple[str, ...]:
+    """The first of them, each once."""
+    return tuple(dict.fromkeys(urls))[:MAX_ADDRESSES]
 
 
 def _url(address: str, port: int) -> str | None:
-    match _parsed(address):
+    match parsed_address(address):
         case None:
             return None
         case ipaddress.IPv6Address() as found:
-            return f"http://[{found}]:{port}"
+            return f"https://[{found}]:{port}"
         case found:
-            return f"http://{found}:{port}"
+            return f"https://{found}:{port}"
 
 
 # mDNS ...
@@ -420,13 +427,13 @@ REFRESH_SECONDS = 60.0
 """All announced names are looked at again: mDNS tells of a change once, and that may have been missed."""
 
 OPEN_ROADS: Final = (
-    "agents are not found by themselves; start each with `worker-agent join http://THIS-HOST:PORT`, "
-    'or list it under "workers" in the JSON file'
+    "agents are not found by themselves; start each with `worker-agent join` and what `balancer cluster "
+    'invite` shows, or list it under "workers" in the JSON file'
 )
 
 
 class Browser:
-    """Listens for the announcements of agents, and gives each to `found(id, addresses, port)`.
+    """Listens for the announcements of agents, and gives each to `found(announced, addresses, port)`.
 
     Nothing follows from a goodbye: an agent that still reports is in the room, one that does not is lost.
     """
@@ -434,7 +441,7 @@ class Browser:
     def __init__(
         self,
         *,
-        found: Callable[[str, Sequence[str], int], None],
+        found: Callable[[Announced, Sequence[str], int], None],
         interfaces: InterfaceChoice | list[str] = InterfaceChoice.All,
         refresh_seconds: float = REFRESH_SECONDS,
     ) -> None:

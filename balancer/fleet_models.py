@@ -2,7 +2,7 @@
 
 `Stock` is told what the watches hear, and knows what every worker has; with `best_for_load` and `speaks_of`
 it is pure. `FleetModels` performs an order at the workers that it concerns, all at once, and says of each how
-that went: agents over their own admin API, each order with a proof of the cluster key; Ollama over its API.
+that went: agents over their own admin API, within the session; Ollama over its API.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import ssl
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import aiohttp
 import orjson
@@ -23,9 +23,10 @@ from aiohttp.http_exceptions import HttpProcessingError
 from balancer import trust
 from balancer.core.errors import Conflict, NotFound
 from balancer.core.model import Condition, Endpoint, Event, Gone, Lost, Reported, Seen, Worker, WorkerId
+from balancer.meeting import NotMet
+from balancer.upstream import Answer, UpstreamError
 from balancer.worker_types import said_in
 from worker_agent import wire
-from worker_agent.handshake import prove
 from worker_agent.wire import Download, DownloadState, ModelOrder, ModelState
 
 MAX_ANSWER_BYTES = 64 * 1024
@@ -266,6 +267,14 @@ class Failed(Exception):
         self.status = status
 
 
+class Agents(Protocol):
+    """The part of `cluster.Cluster` by which agents are asked."""
+
+    async def ask(
+        self, worker: Worker, method: str, path: str, body: bytes = ..., *, limit_bytes: int, seconds: float
+    ) -> Answer: ...
+
+
 class _Adapter(Protocol):
     """How workers of one type are spoken to about their models. Raises `Failed`."""
 
@@ -279,20 +288,21 @@ class FleetModels:
         self,
         stock: Stock,
         session: aiohttp.ClientSession,
-        cluster_key: str,
+        agents: Agents,
         *,
         headers: Callable[[Worker], Mapping[str, str]] = lambda _: {},
         is_draining: Callable[[WorkerId], bool] = lambda _: False,
         policy: OrderPolicy | None = None,
     ) -> None:
-        """`headers`: what a worker's configuration adds to each request."""
+        """`session`: for workers without an agent. `headers`: what a worker's configuration adds to each
+        request."""
         policy = policy or OrderPolicy()
         self.stock = stock
         self._is_draining = is_draining
         http = _Http(session, headers, policy.answer_seconds)
         self._ollama = _Ollama(http, stock, policy)
         self._adapters: Mapping[str, _Adapter] = {
-            "agent": _Agent(http, cluster_key),
+            "agent": _Agent(agents, policy.answer_seconds),
             "ollama": self._ollama,
         }
 
@@ -468,13 +478,12 @@ class _Http:
         method: str,
         path: str,
         body: bytes,
-        more: Mapping[str, str] | None = None,
         *,
         seconds: float | None = None,
     ) -> tuple[int, bytes]:
         """Status and body. Raises `Failed`."""
         limit = seconds or self._answer_seconds
-        headers = {**self.headers(worker), "Content-Type": "application/json", **(more or {})}
+        headers = {**self.headers(worker), "Content-Type": "application/json"}
         try:
             async with (
                 asyncio.timeout(limit),
@@ -530,53 +539,34 @@ def _refused(status: int, body: bytes) -> Failed:
 
 # Agents ...
 
-_CLUSTER_KEY_ADVICE: Final = (
-    "give the agent the key that is in the file cluster_key in this balancer's data folder, by the variable "
-    "WORKER_AGENT_CLUSTER_KEY or its setting cluster_key_file"
-)
-
-
-_NONCE = re.compile(r"[!-9;-~]{1,256}")
-"""It becomes a part of a header, and ends where the first colon is."""
-
 
 class _Agent:
-    """Over the agent's own admin API: a nonce for each order, and a proof that is good for it alone."""
+    """Over the agent's own admin API."""
 
-    def __init__(self, http: _Http, cluster_key: str) -> None:
-        self._http = http
-        self._cluster_key = cluster_key
+    def __init__(self, agents: Agents, seconds: float) -> None:
+        self._agents = agents
+        self._seconds = seconds
 
     async def perform(self, worker: Worker, action: Action, order: ModelOrder) -> Outcome:
         path = f"{wire.MODELS_PATH}/{action.value}"
         body = order.model_dump_json(exclude_defaults=True).encode()
-        nonce = await self._challenge(worker)
-        proof = {wire.PROOF_HEADER: prove(self._cluster_key, nonce, worker.id, "POST", path, body)}
-        status, said = await self._http.ask(worker, "POST", path, body, proof)
-        if status >= 300:
-            raise self._turned_away(status, said)
-        begun = status == 202  # of others that would do, each means something else in an answer of ours
+        answer = await self._asked(worker, path, body)
+        if answer.status >= 300:
+            raise _refused(answer.status, answer.body)
+        begun = (
+            answer.status == 202
+        )  # of others that would do, each means something else in an answer of ours
         return Outcome(worker=worker.id, status=202 if begun else 200, detail=_DONE[action, begun])
 
-    async def _challenge(self, worker: Worker) -> str:
-        status, body = await self._http.ask(worker, "POST", wire.CHALLENGE_PATH, b"{}")
-        if status in (404, 405):
-            raise Failed(409, "its version cannot manage models yet: update the agent")
-        if status != 200:
-            raise self._turned_away(status, body)
+    async def _asked(self, worker: Worker, path: str, body: bytes) -> Answer:
         try:
-            nonce: object = orjson.loads(body)["nonce"]
-        except (orjson.JSONDecodeError, LookupError, TypeError):
-            nonce = None
-        if not isinstance(nonce, str) or not _NONCE.fullmatch(nonce):
-            raise Failed(502, "what it gave as a challenge is none")
-        return nonce
-
-    def _turned_away(self, status: int, body: bytes) -> Failed:
-        refused = _refused(status, body)
-        if status == 403 and b"cluster_key" in body:  # its code, where it is not for another reason
-            return Failed(403, f"{refused}; {_CLUSTER_KEY_ADVICE}")
-        return refused
+            return await self._agents.ask(
+                *(worker, "POST", path, body), limit_bytes=MAX_ANSWER_BYTES, seconds=self._seconds
+            )
+        except TimeoutError:
+            raise Failed(504, f"it did not answer within {self._seconds:g} s") from None
+        except (NotMet, UpstreamError) as error:
+            raise Failed(502, f"it cannot be reached: {error}") from error
 
 
 _DONE: Mapping[tuple[Action, bool], str] = {

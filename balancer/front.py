@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import cast
@@ -24,7 +24,7 @@ from balancer.core.errors import (
     NotFound,
     RequestError,
 )
-from balancer.core.model import Endpoint, ModelName
+from balancer.core.model import Endpoint, ModelName, ModelOffer
 from balancer.dialects import openai
 from balancer.identity import conflicts
 from balancer.inference import (
@@ -36,6 +36,7 @@ from balancer.inference import (
     request_id,
 )
 from balancer.metrics import CONTENT_TYPE, Metrics
+from worker_agent.log_format import current_request
 from worker_agent.wire import JOIN_PATH, Join, WireError, parse_join
 
 log = logging.getLogger(__name__)
@@ -66,15 +67,18 @@ class Front:
         join: Callable[[Join, str], None],
         metrics: Metrics | None,
         admin: web.Application,
+        further: Sequence[web.AbstractRouteDef] = (),
     ) -> None:
         """`join`: what to do with an agent that asks to be watched, and its address. `metrics`: None where
-        they are switched off. `admin`: what is answered under `/admin`; it sees to the key by itself."""
+        they are switched off. `admin`: what is answered under `/admin`; it sees to the key by itself.
+        `further`: routes that say the same to everybody, the page's files and the API's description."""
         self._inference = inference
         self._policy = policy
         self._snapshot = snapshot
         self._join = join
         self._metrics = metrics
         self._admin = admin
+        self._further = tuple(further)
 
     def application(self) -> web.Application:
         app = web.Application(
@@ -88,12 +92,15 @@ class Front:
         app.router.add_get("/readyz", self._ready)
         app.router.add_get("/metrics", self._scrape)
         app.router.add_post(JOIN_PATH, self._joining)
+        app.add_routes(self._further)
         app.add_subapp("/admin", self._admin)  # with a middleware of its own, around whatever is in there
         return app
 
     @web.middleware
     async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Who may ask at all, and every error in the form that clients read."""
+        own_id = request_id(_headers(request))
+        current_request.set(own_id)
         try:
             if request.remote is not None:
                 self._inference.insist_on_source(request.remote)
@@ -104,18 +111,16 @@ class Front:
             refusal = _as_refusal(request, error)
             log.info(
                 "%s %s %s refused: %d %s",
-                *(request.remote, request.method, ascii(request.path), refusal.status),
+                *(request.remote, request.method, _route(request), refusal.status),
                 refusal.code or refusal.type,
             )
             response = web.Response(
                 body=openai.error_body(refusal),
                 status=refusal.status,
-                headers=refusal_headers(request_id(_headers(request)), refusal),
+                headers=refusal_headers(own_id, refusal),
             )
             if isinstance(error, web.HTTPMethodNotAllowed):
                 response.headers["Allow"] = ", ".join(sorted(error.allowed_methods))
-            if refusal.status == 401:
-                response.headers["WWW-Authenticate"] = 'Bearer realm="balancer"'
         if self._inference.draining:
             response.force_close()
         return response
@@ -149,15 +154,20 @@ class Front:
 
     # The room
 
-    async def _models(self, _request: web.Request) -> web.Response:
-        return _json(openai.models_body(self._snapshot().models))
+    async def _models(self, request: web.Request) -> web.Response:
+        return _json(openai.models_body(self._readable_models(request)))
 
     async def _model(self, request: web.Request) -> web.Response:
         name = ModelName(request.match_info["model"])
-        models = self._snapshot().models
+        models = self._readable_models(request)
         if name not in models:
             raise ModelNotFound(name, list(models))
         return _json(openai.model_entry(name, models[name]))
+
+    def _readable_models(self, request: web.Request) -> Mapping[ModelName, tuple[ModelOffer, ...]]:
+        """Those that the client may ask for."""
+        may_read = self._inference.readable(_headers(request), request.remote or "")
+        return {name: offers for name, offers in self._snapshot().models.items() if may_read(name)}
 
     async def _health(self, _request: web.Request) -> web.Response:
         """The process lives; what it sees of the room, for people and for `balancer workers`."""
@@ -183,6 +193,12 @@ class Front:
             raise BadRequest(f"This is not a join of a worker agent: {error}.") from None
         self._join(join, request.remote or "")
         return _json({"joined": join.id})
+
+
+def _route(request: web.Request) -> str:
+    """The pattern that its path fits: what stands in a path may be anybody's text, and is not logged."""
+    resource = request.match_info.route.resource
+    return "an unknown path" if resource is None else resource.canonical
 
 
 class _Client:

@@ -19,9 +19,8 @@ from aiohttp.typedefs import Middleware
 
 from balancer.clean_head import is_host
 from balancer.core.errors import BadRequest, RequestError
-from balancer.core.model import Endpoint
 from balancer.dialects.openai import error_body
-from balancer.origins import Origins
+from balancer.origins import Origins, is_for_answers
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +38,12 @@ TINY_CHUNKS_PER_SECOND = 1_000.0
 _CONTINUE = "100-continue"
 _TINY_CHUNK = re.compile(rb"\r\n0*[0-9A-Fa-f]{1,2}(?:[ \t]*;[^\r\n]*)?\r\n")
 
+_TLS_HELLO = b"\x16\x03"
+_NO_TLS_HERE = bytes.fromhex("15 0301 0002 02 46")
+"""A fatal alert, `protocol_version`: a TLS client says that, and not that it cannot read what came."""
+
 LAST = web.RequestKey("last", bool)
 """The connection is to end with this request's answer."""
-
-_INFERENCE_PATHS = frozenset(endpoint.value for endpoint in Endpoint)
 
 
 class Noise:
@@ -65,7 +66,7 @@ class Noise:
 class HardenedHandler(web.RequestHandler):
     """One connection in aiohttp's hands, from its beginning or handed over by the hot path."""
 
-    __slots__ = ("_address", "_chunks", "_chunks_at", "_lost", "_noise")
+    __slots__ = ("_address", "_begun", "_chunks", "_chunks_at", "_lost", "_noise")
 
     def __init__(
         self,
@@ -93,12 +94,30 @@ class HardenedHandler(web.RequestHandler):
         self._noise = noise
         self._address = address
         self._lost = lost
+        self._begun = False
         self._chunks = 0.0
         self._chunks_at = 0.0
 
     def connection_lost(self, exc: BaseException | None) -> None:
         super().connection_lost(exc)
         self._lost()
+
+    def outgoing(self) -> asyncio.Transport:
+        """The connection, for whoever takes it over with the request that is under way; it is read no
+        further. Raises `BadRequest` where there is more on it than that, and `ConnectionResetError`."""
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            raise ConnectionResetError("the client has left")
+        if self._messages or transport.get_write_buffer_size():
+            raise BadRequest("This connection carries another request: ask on one of its own.")
+        transport.pause_reading()
+        return transport
+
+    def let_go(self) -> None:
+        """The connection is another's now, and open: here it counts as ended. The request under way is
+        cancelled."""
+        self.transport = None
+        self.connection_lost(None)
 
     def end_if_idle(self) -> None:
         if not self._request_in_progress and not self._messages:
@@ -110,6 +129,14 @@ class HardenedHandler(web.RequestHandler):
             self.transport.close()
 
     def data_received(self, data: bytes) -> None:
+        if not self._begun:
+            self._begun = True
+            if data.startswith(_TLS_HELLO):
+                self._noise.heard(self._address, "TLS on a port without it: clients have to use http://")
+                if self.transport is not None:
+                    self.transport.write(_NO_TLS_HERE)
+                self.force_close()
+                return
         if data.count(b"\r\n") > len(data) >> 8 and self._floods(data):
             self._noise.heard(self._address, "a body in too many pieces")
             if self.transport is not None:
@@ -201,6 +228,10 @@ def plain_requests(origins: Origins) -> Middleware:
         except BadRequest:
             request[LAST] = True  # who sends such things may have sent more of them
             raise
+        if request.method == "OPTIONS" and is_for_answers(request.path):
+            allowed = origins.preflight(request.headers)
+            if allowed is not None:
+                return web.Response(status=204, headers=allowed)
         return await handler(request)
 
     return middleware
@@ -219,4 +250,4 @@ def check_plain(request: web.Request, origins: Origins) -> None:
         if authority.lower() != host.lower():
             raise BadRequest("The request's target names another host than its Host header.")
     if host:
-        origins.check(request.headers, inference=request.path in _INFERENCE_PATHS)
+        origins.check(request.headers, inference=is_for_answers(request.path))

@@ -17,6 +17,7 @@ import logging
 import math
 import resource
 import socket
+import ssl
 import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from email.utils import formatdate
 from enum import Enum, auto
 from functools import partial
 from http import HTTPStatus
+from types import MappingProxyType
 from typing import Any, Protocol, Self, cast
 
 from aiohttp import web
@@ -33,7 +35,7 @@ from balancer.connections import ConnectionPolicy, Connections
 from balancer.core.errors import BodyTimeout, RequestError
 from balancer.hardened import LAST, HardenedHandler, Noise, plain_answer, plain_requests
 from balancer.inference import Admitted, Client, Head, refuse, request_id
-from balancer.origins import Origins
+from balancer.origins import Origins, is_for_answers
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +69,8 @@ class ServerPolicy:
     shutdown_seconds: float = 0.5
     """For requests that are cancelled when the server ends."""
     backlog: int = 1024
+    tls_handshake_seconds: float = 10.0
+    """For TLS to be agreed on, and to be ended."""
 
 
 class Answering(Protocol):
@@ -94,6 +98,8 @@ _STATUS_LINES: Mapping[int, str] = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus
 }
 
+_NOTHING: Mapping[str, str] = MappingProxyType({})
+
 _UNPRINTABLE = {number: "?" for number in (*range(32), 127)}
 
 
@@ -120,6 +126,7 @@ class HotConnection(asyncio.Protocol):
         "_remote",
         "_resume",
         "_server",
+        "_shared",
         "_state",
         "_task",
         "_timer",
@@ -149,6 +156,8 @@ class HotConnection(asyncio.Protocol):
         """The answer is; also before there is one."""
         self._head = b""
         """Of the answer, until it goes out together with the first piece of the body."""
+        self._shared: Mapping[str, str] = _NOTHING
+        """Headers for the page that asks, if it may read the answer."""
         self._chunked = False
         self._left = 0
         """Bytes of a body of known length that are still to be written."""
@@ -243,6 +252,7 @@ class HotConnection(asyncio.Protocol):
                 self._hand_over(data)
             return
         head = Head(found.endpoint, found.headers, self._remote)
+        self._shared = server.origins.shared(found.headers) if "origin" in found.headers else _NOTHING
         try:
             server.origins.check(found.headers, inference=True)
             admitted = server.inference.admit(head)
@@ -352,6 +362,8 @@ class HotConnection(asyncio.Protocol):
     def begin(self, status: int, headers: Mapping[str, str], length: int | None) -> None:
         if self._state is not _State.ANSWER:
             return
+        if self._shared:
+            headers = {**headers, **self._shared}
         lines = [_STATUS_LINES.get(status) or f"HTTP/1.1 {status} Status\r\n", self._server.date_line()]
         for name, value in headers.items():
             # A line break in a value would begin a header, or an answer, of somebody else's making.
@@ -433,6 +445,9 @@ class HotConnection(asyncio.Protocol):
             return
         server.lingering.add(self)
         self._due(server.policy.linger_seconds)
+        if not self._transport.can_write_eof():  # TLS: closing says goodbye in its own way
+            self._transport.close()
+            return
         self._transport.write_eof()
         if self._paused_reading:
             self._paused_reading = False
@@ -504,14 +519,17 @@ class HttpServer:
         application: web.Application,
         origins: Origins,
         policy: ServerPolicy | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         """`application`: serves what the hot path does not. It must not run yet: it is given a middleware
-        with the checks, and the manners, that both servers have in common."""
+        with the checks, and the manners, that both servers have in common. `tls`: None where clients speak
+        plain HTTP."""
         policy = policy or ServerPolicy()
         self.loop = asyncio.get_running_loop()
         self.inference = inference
         self.origins = origins
         self.policy = policy
+        self._tls = tls
         self.connections = Connections(affordable(policy.connections))
         self.noise = Noise(self.loop.time)
         self.ours: set[HotConnection] = set()
@@ -547,7 +565,9 @@ class HttpServer:
 
     async def listen(self, host: str, port: int) -> int:
         """On an address; gives the port. Raises `OSError`."""
-        server = await self.loop.create_server(self._protocol, host, port, backlog=self.policy.backlog)
+        server = await self.loop.create_server(
+            self._protocol, host, port, backlog=self.policy.backlog, **self._secured()
+        )
         self._listening.append(server)
         return int(server.sockets[0].getsockname()[1])
 
@@ -555,10 +575,18 @@ class HttpServer:
         """On sockets that listen already; gives the port of the first."""
         for one in sockets:
             one.setblocking(False)
-            server = await self.loop.create_server(self._protocol, sock=one, backlog=self.policy.backlog)
+            server = await self.loop.create_server(
+                self._protocol, sock=one, backlog=self.policy.backlog, **self._secured()
+            )
             self._listening.append(server)
         name = sockets[0].getsockname()
         return int(name[1]) if isinstance(name, tuple) else 0
+
+    def _secured(self) -> dict[str, Any]:
+        if self._tls is None:
+            return {}
+        seconds = self.policy.tls_handshake_seconds
+        return {"ssl": self._tls, "ssl_handshake_timeout": seconds, "ssl_shutdown_timeout": seconds}
 
     def retire(self) -> None:
         """Another process has the same socket: accept nothing more, answer what comes over the connections
@@ -633,6 +661,8 @@ class HttpServer:
 
     async def _prepare(self, request: web.Request, response: web.StreamResponse) -> None:
         response.headers.pop("Server", None)  # nobody need know what this is made of
+        if "Origin" in request.headers and is_for_answers(request.path):
+            response.headers.update(self.origins.shared(request.headers))
         if self.is_closing_connections or LAST in request:
             response.force_close()
             response.headers["Connection"] = "close"

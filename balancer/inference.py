@@ -14,10 +14,12 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Protocol
 
+from balancer.access import Access, ApiKey, ModelNotAllowed
 from balancer.core.errors import (
     BadRequest,
     BodyTooLarge,
@@ -33,6 +35,7 @@ from balancer.dialects import openai
 from balancer.dialects.framing import event
 from balancer.history import share_of
 from balancer.journey import Journey, Story
+from worker_agent.log_format import current_request
 from worker_agent.sources import Sources
 from worker_agent.wire import HOPS_HEADER, REQUEST_ID_HEADER
 
@@ -58,6 +61,8 @@ COMMENT_GAP_SECONDS = 10.0
 _REQUEST_ID, _HOPS, _PRIORITY, _LOCAL_ONLY = (
     name.lower() for name in (REQUEST_ID_HEADER, HOPS_HEADER, PRIORITY_HEADER, LOCAL_ONLY_HEADER)
 )
+_UNCOUNTED = nullcontext()
+_NO_LIMITS: Mapping[str, str] = MappingProxyType({})
 _HARMLESS_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 JSON_TYPE = "application/json"
@@ -131,20 +136,37 @@ class Admitted:
     hops: int
     named_class: ServiceClass | None
     local_only: bool = False
+    key: ApiKey | None = None
+    """Whose request it is, where keys are asked for."""
+    limits: Mapping[str, str] = field(default_factory=dict)
+    """Headers that tell the client how much of them is left."""
 
 
 class Inference:
     """What all servers of the inference routes share."""
 
-    def __init__(self, journey: Journey, policy: InferencePolicy, *, secret: bytes) -> None:
-        """`secret`: at most 64 bytes, for digests of prompts and keys that tell nothing to others."""
+    def __init__(
+        self, journey: Journey, policy: InferencePolicy, *, secret: bytes, access: Access | None = None
+    ) -> None:
+        """`secret`: at most 64 bytes, for digests of prompts and keys that tell nothing to others. `access`:
+        the keys of which each request has to bring one; None: keys are not looked at."""
         self.policy = policy
+        self.access = access
         self._journey = journey
         self._secret = secret
         self.draining = False
         """Set when the balancer is about to end: nothing new is taken, connections are not kept."""
         self._held_bytes = 0
         self._sources: dict[str, bool] = {}
+
+    def adopt(self, policy: InferencePolicy) -> None:
+        """Whoever comes from now on is served by it."""
+        self.policy = policy
+        self._sources.clear()
+
+    def ask_for_keys(self, access: Access | None) -> None:
+        """From now on each request has to bring one of these; None: keys are not looked at."""
+        self.access = access
 
     # Before the body is read
 
@@ -172,13 +194,26 @@ class Inference:
             )
         if self.draining:
             raise ShuttingDown("This balancer is about to stop. Try again in a moment.")
+        access = self.access
+        key = None if access is None else access.recognise(headers, head.remote)
         named_class = _class_in(headers.get(_PRIORITY))
         local_only = _is_local_only(headers.get(_LOCAL_ONLY))
         insist_on_plain_json(headers)
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length) > self.policy.max_body_bytes:
             raise self.too_large()
-        return Admitted(head, request_id(headers), hops, named_class, local_only)
+        if access is None or key is None:
+            return Admitted(head, request_id(headers), hops, named_class, local_only, None, _NO_LIMITS)
+        limits = access.take(key)
+        local_only = local_only or key.local_only
+        return Admitted(head, request_id(headers), hops, named_class, local_only, key, limits)
+
+    def readable(self, headers: Mapping[str, str], remote: str) -> Callable[[str], bool]:
+        """Which models the sender of this request may know of. `headers`: by names in lower case. Raises a
+        `RequestError` for who has to bring a key and has none."""
+        if self.access is None:
+            return lambda _: True
+        return self.access.recognise(headers, remote).allows_model
 
     def too_large(self) -> BodyTooLarge:
         return BodyTooLarge(
@@ -190,22 +225,28 @@ class Inference:
 
     async def answer(self, admitted: Admitted, body: bytes, client: Client) -> None:
         """Writes one answer, whatever comes of the request. Cancelled when the client left."""
+        current_request.set(admitted.request_id)
         story = None
         delivery = None
         try:
-            with self._holding(len(body)):
+            with self._holding(len(body)), self._counted(admitted.key):
                 asked = await _parsed(admitted.head.endpoint, body, self._secret)
                 del body  # from here on it is held as what goes to a worker
                 if admitted.local_only and not asked.local_only:
                     asked = replace(asked, local_only=True)
+                if admitted.key is not None and not admitted.key.allows_model(asked.model):
+                    raise ModelNotAllowed(admitted.key, asked.model)
                 story = self._story(admitted, asked)
                 if asked.stream:
-                    delivery = _Delivery(client, story, self._journey, self.policy.comment_seconds)
+                    delivery = _Delivery(
+                        client, story, self._journey, self.policy.comment_seconds, admitted.limits
+                    )
                 answer = await self._journey.serve(asked, story, delivery)
             if delivery is not None:
                 client.end()
             elif answer is not None:
-                client.begin(200, {"Content-Type": JSON_TYPE, **_answered_by(story, 0)}, len(answer))
+                told = {"Content-Type": JSON_TYPE, **admitted.limits, **_answered_by(story, 0)}
+                client.begin(200, told, len(answer))
                 client.write(answer)
                 client.end()
         except Exception as error:
@@ -217,10 +258,11 @@ class Inference:
                 client.write(event(openai.error_body(refusal)))
                 client.end()
             else:
-                refuse(admitted.request_id, refusal, client)
+                refuse(admitted.request_id, refusal, client, admitted.limits)
         finally:
             if delivery is not None:
                 delivery.close()
+            current_request.set("")
 
     def note(self, head: Head, refusal: RequestError) -> None:
         """One line in the log for a request that was refused before it had a story."""
@@ -231,7 +273,12 @@ class Inference:
 
     def _story(self, admitted: Admitted, asked: openai.Request) -> Story:
         head = admitted.head
-        service_class = admitted.named_class or asked.service_class
+        key = admitted.key
+        service_class = (
+            admitted.named_class or asked.service_class
+            if key is None
+            else key.class_of(admitted.named_class, asked.service_class)
+        )
         passed_on = {
             REQUEST_ID_HEADER: admitted.request_id,
             HOPS_HEADER: str(admitted.hops + 1),
@@ -239,8 +286,18 @@ class Inference:
         }
         if asked.local_only:  # a worker may be a balancer, with fallbacks of its own
             passed_on[LOCAL_ONLY_HEADER] = "1"
-        asker = _digest_of_key(head.headers.get("authorization"), self._secret)
+        asker = (
+            _digest_of_key(head.headers.get("authorization"), self._secret)
+            if key is None
+            else f"key {key.name}"
+        )
         return self._journey.begin(admitted.request_id, head.remote, passed_on, service_class, asker)
+
+    def _counted(self, key: ApiKey | None) -> AbstractContextManager[None]:
+        """As one of those that its key may have under way."""
+        if key is None or self.access is None:
+            return _UNCOUNTED
+        return self.access.holding(key)
 
     @contextmanager
     def _holding(self, size: int) -> Iterator[None]:
@@ -258,8 +315,16 @@ class _Delivery:
     """A client's stream of events: begun with the first piece of the answer, or when the client has waited
     long enough to be told why; until then an error keeps its status."""
 
-    def __init__(self, client: Client, story: Story, journey: Journey, comment_seconds: float) -> None:
+    def __init__(
+        self,
+        client: Client,
+        story: Story,
+        journey: Journey,
+        comment_seconds: float,
+        limits: Mapping[str, str],
+    ) -> None:
         self._client = client
+        self._limits = limits
         self._story = story
         self._journey = journey
         self._comment_seconds = comment_seconds
@@ -298,7 +363,7 @@ class _Delivery:
 
     def _begin(self, answered_by: Mapping[str, str]) -> None:
         self.open = True
-        self._client.begin(200, {**STREAM_HEADERS, **answered_by}, None)
+        self._client.begin(200, {**STREAM_HEADERS, **self._limits, **answered_by}, None)
         self._client.on_room(self._pause, self._resume)
 
     def _comment(self) -> None:
@@ -386,10 +451,12 @@ def as_refusal(error: Exception) -> RequestError:
     return RequestError("The balancer failed; its log says where.")
 
 
-def refuse(request_id: str, error: RequestError, client: Client) -> None:
-    """An error as the whole answer."""
+def refuse(
+    request_id: str, error: RequestError, client: Client, limits: Mapping[str, str] = _NO_LIMITS
+) -> None:
+    """An error as the whole answer. `limits`: headers that tell how much is left."""
     body = openai.error_body(error)
-    client.begin(error.status, refusal_headers(request_id, error), len(body))
+    client.begin(error.status, {**limits, **refusal_headers(request_id, error)}, len(body))
     client.write(body)
     client.end()
 
@@ -398,6 +465,10 @@ def refusal_headers(request_id: str, error: RequestError) -> dict[str, str]:
     headers = {"Content-Type": JSON_TYPE, REQUEST_ID_HEADER: request_id}
     if error.retry_after is not None:
         headers["Retry-After"] = str(math.ceil(error.retry_after))
+    if error.status == 401:
+        headers["WWW-Authenticate"] = 'Bearer realm="balancer"'
+    if error.headers:
+        headers.update(error.headers)
     return headers
 
 

@@ -185,6 +185,11 @@ class Journey:
         """Requests that have not ended, wherever they stand."""
         return self._under_way
 
+    def adopt(self, policy: JourneyPolicy) -> None:
+        """Of requests that are under way, what runs or waits keeps its time; a further attempt has the new
+        one."""
+        self._policy = policy
+
     def begin(
         self,
         request_id: str,

@@ -1,8 +1,8 @@
 """The balancer's two keys: the admin key, without which nothing under `/admin` is answered, and the cluster
-key, with which it proves to agents that it may manage their models.
+key, by which balancers and agents know each other.
 
 Both are made on the first start and kept in the data folder, readable by their owner alone; or they are given
-by the settings. No key is ever logged, shown or passed on a command line.
+by the settings. No key is ever logged or passed on a command line.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from worker_agent.handshake import LEAST_KEY_CHARACTERS
 
 ADMIN_KEY = "admin_key"
 CLUSTER_KEY = "cluster_key"
+FORMER_CLUSTER_KEYS = "cluster_keys_former"
 """What the files in the data folder are called."""
+MAX_FORMER_KEYS = 3
+"""An agent that was away for more changes of the key than that is to be let in anew."""
 
 MAX_KEY_BYTES = 8192
 
@@ -53,12 +56,48 @@ class TooManyGuesses(RequestError):
         self.retry_after = retry_after
 
 
+class CannotRotate(Exception):
+    """The cluster key stays as it is; a sentence for people."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterKeys:
+    """The cluster's key, and those that it had before."""
+
+    current: str = field(repr=False)
+    former: tuple[str, ...] = field(default=(), repr=False)
+    """The last one first. Good for nothing but to give the current one to agents that were away."""
+    folder: Path | None = None
+    """Where they are kept; None: the settings give the key."""
+
+    def followed_by(self, key: str) -> ClusterKeys:
+        """With another current one. Pure."""
+        former = (self.current, *(one for one in self.former if one != self.current))
+        return ClusterKeys(key, former[:MAX_FORMER_KEYS], self.folder)
+
+
+def rotated(keys: ClusterKeys) -> ClusterKeys:
+    """With a new current key, kept on the disk. Blocking. Raises `CannotRotate`."""
+    if keys.folder is None:
+        raise CannotRotate(
+            "the settings give the cluster key: change it there and on every agent, and restart all of them"
+        )
+    fresh = keys.followed_by(secrets.token_urlsafe(32))
+    try:
+        # First the former ones: whatever happens in between, no agent has a key that is kept nowhere.
+        write_whole(keys.folder / FORMER_CLUSTER_KEYS, "".join(f"{one}\n" for one in fresh.former).encode())
+        write_whole(keys.folder / CLUSTER_KEY, f"{fresh.current}\n".encode())
+    except OSError as error:
+        raise CannotRotate(f"{keys.folder} cannot be written to: {error.strerror or error}") from error
+    return fresh
+
+
 @dataclass(frozen=True, slots=True)
 class Keys:
     """Both keys, ready to be used."""
 
     admin: str = field(repr=False)
-    cluster: str = field(repr=False)
+    cluster: ClusterKeys
     made: tuple[Path, ...] = ()
     """The files that did not exist before."""
 
@@ -79,7 +118,20 @@ def found(data_dir: Path, *, admin: str | None, cluster: str | None) -> Keys:
             made.append(path)
         return key
 
-    return Keys(one(ADMIN_KEY, admin), one(CLUSTER_KEY, cluster), tuple(made))
+    admin_key = one(ADMIN_KEY, admin)
+    if cluster is not None:
+        return Keys(admin_key, ClusterKeys(one(CLUSTER_KEY, cluster)), tuple(made))
+    current = one(CLUSTER_KEY, None)
+    former = tuple(key for key in _former(data_dir / FORMER_CLUSTER_KEYS) if key != current)
+    return Keys(admin_key, ClusterKeys(current, former, data_dir), tuple(made))
+
+
+def _former(path: Path) -> tuple[str, ...]:
+    try:
+        lines = read_own(path, MAX_KEY_BYTES).decode("ascii", "replace").split()
+    except FileNotFoundError:
+        return ()
+    return tuple(line for line in lines if len(line) >= LEAST_KEY_CHARACTERS)[:MAX_FORMER_KEYS]
 
 
 # Files ...
@@ -87,19 +139,7 @@ def found(data_dir: Path, *, admin: str | None, cluster: str | None) -> Keys:
 
 def read(path: Path) -> str:
     """The key in a file of our own. Raises `KeyFault`, and `FileNotFoundError` where there is none."""
-    try:
-        # Not through a link that somebody else may have put there, and never waiting for a pipe's writer.
-        number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
-            _insist_on_own(path, os.fstat(number))
-            data = os.read(number, MAX_KEY_BYTES)
-        finally:
-            os.close(number)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        reason = "it is a link" if error.errno == errno.ELOOP else error.strerror or str(error)
-        raise KeyFault(f"the key in {path} cannot be read: {reason}; choose another --data-dir") from error
+    data = read_own(path, MAX_KEY_BYTES)
     try:
         key = data.decode("ascii").strip()
     except UnicodeDecodeError:
@@ -107,6 +147,33 @@ def read(path: Path) -> str:
     if not key.isprintable() or " " in key or len(data) == MAX_KEY_BYTES:
         key = ""
     return _strong(key, f"the key in {path}")
+
+
+def read_own(path: Path, limit_bytes: int) -> bytes:
+    """The beginning of a file that nobody else can read or write. Raises `KeyFault`, and `FileNotFoundError`
+    where there is none."""
+    try:
+        # Not through a link that somebody else may have put there, and never waiting for a pipe's writer.
+        number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with os.fdopen(number, "rb") as file:
+            _insist_on_own(path, os.fstat(number))
+            return file.read(limit_bytes)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        reason = "it is a link" if error.errno == errno.ELOOP else error.strerror or str(error)
+        raise KeyFault(f"{path} cannot be read: {reason}; choose another --data-dir") from error
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """For our own eyes, in place of what was there: all of it or nothing. Blocking; raises `OSError`."""
+    draft = _draft(path, data)
+    try:
+        draft.replace(path)
+    except OSError:
+        draft.unlink()
+        raise
+    _settle(path.parent)
 
 
 def _insist_on_own(path: Path, about: os.stat_result) -> None:
@@ -147,22 +214,37 @@ def _unwritable(path: Path, error: OSError) -> KeyFault:
 def _make(path: Path) -> str:
     """A new key, on the disk for good and under its name only when it is whole. Raises `OSError`."""
     key = secrets.token_urlsafe(32)
+    draft = _draft(path, f"{key}\n".encode())
+    try:
+        os.link(draft, path)  # which, unlike a rename, never replaces the key of somebody who was faster
+    finally:
+        draft.unlink()
+    _settle(path.parent)
+    return key
+
+
+def _draft(path: Path, data: bytes) -> Path:
+    """A file beside it with these bytes, on the disk for good. Raises `OSError`."""
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     number = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         with os.fdopen(number, "wb") as file:
-            file.write(f"{key}\n".encode())
+            file.write(data)
             file.flush()
             os.fsync(number)
-        os.link(draft, path)  # which, unlike a rename, never replaces the key of somebody who was faster
-    finally:
+    except OSError:
         draft.unlink()
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        raise
+    return draft
+
+
+def _settle(folder: Path) -> None:
+    """Its names are on the disk for good."""
+    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(folder)
+        os.fsync(number)
     finally:
-        os.close(folder)
-    return key
+        os.close(number)
 
 
 def _strong(key: str, what: str) -> str:

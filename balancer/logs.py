@@ -15,6 +15,8 @@ import time
 from collections import deque
 from typing import TextIO
 
+from worker_agent.log_format import Ids, LogFormat, formatter, log_what_nobody_caught
+
 MAX_WAITING = 10_000
 """Lines; some 2 MB of them."""
 GATHER_SECONDS = 0.05
@@ -68,7 +70,7 @@ class Lines(logging.Handler):
     def _write(self) -> None:
         lines = [self.format(self._records.popleft()) for _ in range(len(self._records))]
         if self._dropped:
-            lines.append(f"{self._dropped} log lines were dropped")
+            lines.append(self.format(self._dropped_record()))
             self._dropped = 0
         if lines:
             try:
@@ -77,11 +79,16 @@ class Lines(logging.Handler):
             except (OSError, ValueError):  # nobody reads any more
                 self._records.clear()
 
+    def _dropped_record(self) -> logging.LogRecord:
+        told = f"{self._dropped} log lines were dropped"
+        return logging.LogRecord(__name__, logging.WARNING, "", 0, told, None, None)
 
-def set_up(level: str) -> None:
+
+def set_up(level: str, kind: LogFormat = "text") -> None:
     """All log lines of the process from this level on, written off the loop; the rest at exit."""
     lines = Lines(sys.stderr)
-    lines.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"))
+    lines.addFilter(Ids())
+    lines.setFormatter(formatter(kind))
     atexit.register(lines.close)
     # It warns, with a traceback, of each interface on which it cannot listen; whether it can listen at all
     # is said by `discovery`.
@@ -91,3 +98,4 @@ def set_up(level: str) -> None:
     for looked_up in ("logThreads", "logProcesses", "logMultiprocessing", "logAsyncioTasks"):
         setattr(logging, looked_up, False)
     logging.basicConfig(level=level, handlers=[lines], force=True)
+    log_what_nobody_caught()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -27,7 +27,14 @@ _Metric = TypeVar("_Metric", Counter, Histogram)
 
 
 class Metrics:
-    def __init__(self, snapshot: Callable[[], Snapshot], serves: Callable[[ModelName], bool]) -> None:
+    def __init__(
+        self,
+        snapshot: Callable[[], Snapshot],
+        serves: Callable[[ModelName], bool],
+        *,
+        config_ok: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """`config_ok`: the configuration file, as it was last read, is what is in force."""
         self._serves = serves
         self._registry = CollectorRegistry()
         labels = ("model", "endpoint")
@@ -93,6 +100,11 @@ class Metrics:
         )
         self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}
         self._registry.register(_Room(snapshot))
+        Gauge(
+            "balancer_config_ok",
+            "1 while the configuration file is what is in force, 0 while it is broken.",
+            registry=self._registry,
+        ).set_function(lambda: float(config_ok()))
 
     def observe(self, served: Served) -> None:
         """Count a finished request. Holds no text, key or address."""

@@ -50,9 +50,10 @@ from balancer.upstream import (
     Unreachable,
     Upstream,
     UpstreamError,
+    Way,
 )
 from balancer.worker_types import USER_AGENT, Translator, WorkerType, row_of, without_key
-from worker_agent.wire import CONTINUE_HEADER, WAIT_HEADER
+from worker_agent.wire import CONTINUE_HEADER, SESSION_UNKNOWN, WAIT_HEADER
 
 log = logging.getLogger(__name__)
 
@@ -171,6 +172,8 @@ class Failed(Exception):
         """Of a model that is being loaded."""
         self.is_of_key = False
         """The worker does not take who asks: what it says of that may show a part of the key."""
+        self.is_stranger = False
+        """The agent does not know our session, and has looked at nothing of the request."""
 
 
 @dataclass(slots=True)
@@ -209,11 +212,10 @@ class Progress:
 
 
 class _KnownHead(NamedTuple):
-    address: Address
     fixed: bytes
     """The beginning of the head."""
-    headers: Mapping[str, str]
-    """Of the configuration, from which it was made."""
+    way: Way
+    """From which it was made."""
 
 
 class Relay:
@@ -221,12 +223,16 @@ class Relay:
         self,
         upstream: Upstream,
         clock: Callable[[], float],
-        headers: Callable[[Worker], Mapping[str, str]],
+        way_to: Callable[[Worker], Way],
+        on_stranger: Callable[[Worker], None] = lambda _: None,
     ) -> None:
-        """`headers`: what a worker's configuration adds to each request (its API key)."""
+        """`way_to`: how a worker is reached, with what goes along with each request (its API key, an agent's
+        session). It raises `Unreachable` for an agent that was not met. `on_stranger` is told of one that
+        does not know the session."""
         self._upstream = upstream
         self._clock = clock
-        self._headers = headers
+        self._way_to = way_to
+        self._on_stranger = on_stranger
         self._prefills = Prefills(self._answer_of, clock)
         self._heads: dict[tuple[Worker, Endpoint, bool, ModelName | None], _KnownHead] = {}
 
@@ -250,6 +256,8 @@ class Relay:
             answer = await self._exchange(worker, model, request, passed_on, stream, progress)
         except Failed as failed:
             cause, gone, kind = failed.cause, False, row_of(worker)
+            if failed.is_stranger:
+                self._on_stranger(worker)
             if cause is Cause.BROKE and not (kind.is_agent or kind.is_remote):
                 # What broke the connection may have been the end of the engine itself.
                 gone = not await self._upstream.listens(_address(worker), KNOCK_SECONDS)
@@ -269,7 +277,7 @@ class Relay:
         return Outcome(cause=None, answer=answer)
 
     def _words_of(self, worker: Worker, failed: Failed) -> str:
-        if failed.is_of_key and self._headers(worker):
+        if failed.is_of_key and self._secrets(worker):
             return ""
         return self._hidden(worker, failed.words) or ""
 
@@ -281,7 +289,14 @@ class Relay:
         return Rejected(rejected.status, message, code=code, param=param)
 
     def _hidden(self, worker: Worker, text: str | None) -> str | None:
-        return None if text is None else without_key(text, self._headers(worker))
+        return None if text is None else without_key(text, self._secrets(worker))
+
+    def _secrets(self, worker: Worker) -> Mapping[str, str]:
+        """Headers that nobody else shall see."""
+        try:
+            return self._way_to(worker).headers
+        except Unreachable:
+            return {}
 
     async def probe(self, probe: Probe) -> Ended:
         """Have a worker generate something that nobody asked for; says how it went."""
@@ -328,8 +343,11 @@ class Relay:
             body = request.to_worker(model, stream=streams)
         else:
             body = await _translated(kind.body, worker, request, model, streams)
-        address, fixed, _ = self._head(worker, request.endpoint, streams, model)
-        head = fixed
+        try:
+            way = self._way_to(worker)
+        except Unreachable as error:
+            raise Failed(Cause.UNREACHABLE, str(error)) from error
+        head = self._head(worker, way, request.endpoint, streams, model)
         if not kind.is_remote:  # what is told of the room is for the room
             head += b"".join(_header(name, value) for name, value in passed_on.items())
         if goes_on and kind.is_agent:
@@ -347,7 +365,7 @@ class Relay:
                 streams=streams,
             )
             try:
-                exchange = await self._upstream.post(address, head, body, listener, fresh=fresh)
+                exchange = await self._upstream.send(way.address, head, body, listener, fresh=fresh)
             except OutOfFiles as error:
                 raise Failed(Cause.BUSY, str(error)) from error
             except Unreachable as error:
@@ -373,19 +391,18 @@ class Relay:
             raise Unanswered
         return outcome.answer
 
-    def _head(self, worker: Worker, endpoint: Endpoint, streams: bool, model: ModelName) -> _KnownHead:
-        """Where a request of this kind goes, and the beginning of its head."""
-        configured = self._headers(worker)
+    def _head(self, worker: Worker, way: Way, endpoint: Endpoint, streams: bool, model: ModelName) -> bytes:
+        """The beginning of the head of a request of this kind."""
         # Only Azure's dated APIs have a path for each model.
         key = worker, endpoint, streams, None if worker.api_version is None else model
         known = self._heads.get(key)
-        if known is None or (known.headers is not configured and known.headers != configured):
+        if known is None or (known.way is not way and known.way != way):
             if len(self._heads) > 4096:  # workers come and go
                 self._heads.clear()
-            kind, address = row_of(worker), _address(worker)
+            kind = row_of(worker)
             headers = {
-                "Host": address.authority,
-                **configured,
+                "Host": way.address.authority,
+                **way.headers,
                 "Content-Type": "application/json",
                 "Accept": "text/event-stream" if streams else "application/json",
                 "Accept-Encoding": "identity",  # what comes is read as it is
@@ -394,9 +411,9 @@ class Relay:
                 headers["User-Agent"] = USER_AGENT
             lines = b"".join(_header(name, value) for name, value in headers.items())
             path = kind.place(worker, endpoint.value, model)
-            known = _KnownHead(address, f"POST {path} HTTP/1.1\r\n".encode() + lines, configured)
+            known = _KnownHead(f"POST {path} HTTP/1.1\r\n".encode() + lines, way)
             self._heads[key] = known
-        return known
+        return known.fixed
 
 
 def _address(worker: Worker) -> Address:
@@ -777,6 +794,10 @@ def _complaint(head: Head, body: bytes, kind: WorkerType) -> Failed:
         return failed
     if head.status == 503 and complaint.code in _OF_ONE_MODEL:
         return Failed(Cause.BUSY, detail, complaint.message)  # its other models can be asked for at once
+    if kind.is_agent and head.status == 401 and complaint.code == SESSION_UNKNOWN:
+        failed = Failed(Cause.UNREACHABLE, "it was started again, and is met anew")
+        failed.is_stranger = True
+        return failed
     cause = _AGENTS_WORDS.get(complaint.code or "")
     if cause is not None and head.status != 503:
         return Failed(cause, detail, complaint.message)

@@ -10,6 +10,7 @@ import os
 import re
 import ssl
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import PrivateAttr, ValidationError
@@ -24,8 +25,19 @@ from pydantic_settings import (
 from pydantic_settings import SettingsError as UnreadableVariable
 
 from balancer import trust
-from balancer.config_file import ConfigFile, SecretReference, Tunables, WorkerEntry, expected, read
+from balancer.config_file import (
+    ConfigFile,
+    DiscoverEntry,
+    Placed,
+    SecretReference,
+    Tunables,
+    WorkerEntry,
+    expected,
+    read_placed,
+)
 from balancer.discovery import Entry
+from balancer.names import Source
+from worker_agent.forgiving_json import ConfigFaults
 
 PREFIX = "BALANCER_"
 UNPREFIXED = frozenset(
@@ -39,6 +51,9 @@ UNPREFIXED = frozenset(
     }
 )
 """Settings whose variable is their own name in capitals; that of any other has `PREFIX` before it."""
+
+OWN_FILES = ("admin_key_file", "cluster_key_file", "tls_cert_file", "tls_key_file")
+"""Settings that name a file. In the JSON file a relative path starts at its folder."""
 
 MAX_SECRET_BYTES = 8192
 
@@ -65,12 +80,15 @@ class Settings(Tunables, BaseSettings):
     )
 
     workers: tuple[WorkerEntry, ...] = ()
+    discover: tuple[DiscoverEntry, ...] = ()
 
     _room: tuple[Entry, ...] = PrivateAttr(default=())
     _admin_key: str | None = PrivateAttr(default=None)
     _cluster_key: str | None = PrivateAttr(default=None)
     _config: Path | None = PrivateAttr(default=None)
     _flags: Mapping[str, object] = PrivateAttr(default_factory=dict)
+    _sources: Mapping[str, str] = PrivateAttr(default_factory=dict)
+    _worker_sources: tuple[str, ...] = PrivateAttr(default=())
 
     @property
     def room(self) -> tuple[Entry, ...]:
@@ -91,9 +109,39 @@ class Settings(Tunables, BaseSettings):
         """The JSON file that they were read from."""
         return self._config
 
+    def named_sources(self) -> tuple[Source, ...]:
+        """The DNS names to look up, with the keys for what is behind them. Blocking. Raises `SettingsError`
+        for a key that cannot be had."""
+        return _named_sources(self.discover, Path() if self._config is None else self._config.parent)
+
+    @property
+    def worker_sources(self) -> tuple[str, ...]:
+        """Where each of `workers` is listed."""
+        return self._worker_sources
+
+    def source_of(self, name: str) -> str:
+        """Where a setting has its value from: `default`, a place in the file (`balancer.json:12:3`), a
+        variable or a flag."""
+        return self._sources.get(name, "default")
+
     def read_again(self) -> Settings:
         """From the same file, variables and flags, as they are now. Blocking. Raises as `load` does."""
         return load(self._config, self._flags)
+
+    def files(self) -> tuple[Path, ...]:
+        """All files that say what the settings are: the JSON file first, then those that it names as it is
+        now, or, where it cannot be read, named before. Blocking."""
+        if self._config is None:
+            return ()
+        folder = self._config.parent
+        named = _named_files(self, Path(), folder)
+        with suppress(ConfigFaults):
+            named += _named_files(read_placed(self._config).content, folder, folder)
+        return (self._config, *dict.fromkeys(named))
+
+
+NAMES = tuple(name for name in Settings.model_fields if name != "workers")
+"""Of every setting beside the workers."""
 
 
 def variable(key: str) -> str:
@@ -107,10 +155,12 @@ def load(config: Path | None, flags: Mapping[str, object]) -> Settings:
     Raises `ConfigFaults` for the file, and `SettingsError` for variables, flags and secrets. A secret file
     with a relative path lies beside the config file.
     """
-    file = ConfigFile() if config is None else read(config)
+    placed = Placed(ConfigFile(), {}, ()) if config is None else read_placed(config)
+    file = placed.content
     given = {key: value for key, value in flags.items() if value is not None}
-    if os.environ.get(variable("workers")):
-        raise SettingsError(f"{variable('workers')} is set, but workers are listed in the JSON file only")
+    for name in ("workers", "discover"):
+        if os.environ.get(variable(name)):
+            raise SettingsError(f"{variable(name)} is set, but workers are listed in the JSON file only")
     try:
         settings = _layered(file, given, config)
     except ValidationError as error:
@@ -125,17 +175,42 @@ def load(config: Path | None, flags: Mapping[str, object]) -> Settings:
     settings._cluster_key = _own_key("cluster_key", settings.cluster_key_file)
     settings._room = _entries(settings.workers, folder)
     settings._config, settings._flags = config, given
+    settings.named_sources()
+    settings._sources = _sources(placed, given, str(config))
+    settings._worker_sources = tuple(f"{config}:{place.line}:{place.column}" for place in placed.workers)
     return settings
 
 
+def _sources(placed: Placed, flags: Mapping[str, object], file: str) -> Mapping[str, str]:
+    """Of each setting that is not at its default: the layer that came last."""
+    found = {name: f"{file}:{place.line}:{place.column}" for name, place in placed.keys.items()}
+    for name in (*Tunables.model_fields, "admin_key", "cluster_key"):
+        if os.environ.get(variable(name)):
+            found[name] = variable(name)
+    for name, value in flags.items():
+        found[name] = f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
+    return found
+
+
+def _named_files(content: ConfigFile | Settings, own: Path, folder: Path) -> list[Path]:
+    """Keys and certificates. `own`: where relative paths start that are of the balancer itself; `folder`:
+    those of workers."""
+    named = [(own, getattr(content, name)) for name in OWN_FILES]
+    for entry in content.workers:
+        named += [(folder, entry.ca_file), (folder, entry.api_key.file if entry.api_key else None)]
+    named += [(folder, entry.api_key.file if entry.api_key else None) for entry in content.discover]
+    return [start / Path(name).expanduser() for start, name in named if name is not None]
+
+
 def _layered(file: ConfigFile, flags: Mapping[str, object], config: Path | None) -> Settings:
-    from_file = file.model_dump(exclude_unset=True, exclude={"schema_", "workers"}) | {
-        "workers": file.workers
+    from_file = file.model_dump(exclude_unset=True, exclude={"schema_", "workers", "discover"}) | {
+        "workers": file.workers,
+        "discover": file.discover,
     }
     policy = flags.get("policy") or os.environ.get(variable("policy")) or file.policy
     if policy != file.policy:
         from_file.pop("scorer_weights", None)  # they are of the scorers of the file's own policy
-    for key in ("admin_key_file", "cluster_key_file"):
+    for key in OWN_FILES:
         if from_file.get(key) is not None and config is not None:
             from_file[key] = str(config.parent / Path(from_file[key]).expanduser())
 
@@ -226,6 +301,22 @@ def _entries(workers: tuple[WorkerEntry, ...], folder: Path) -> tuple[Entry, ...
         raise SettingsError("\n".join(lines))
     trust.replace(trusted)  # only now: settings that cannot be used leave those before as they were
     return tuple(entries)
+
+
+def _named_sources(names: tuple[DiscoverEntry, ...], folder: Path) -> tuple[Source, ...]:
+    """Raises `SettingsError` with a line for each key that cannot be had."""
+    sources, lines = [], []
+    for entry in names:
+        pattern, headers = entry.pattern(), {}
+        if entry.api_key is not None:
+            try:
+                headers = dict(pattern.headers(_secret(entry.api_key, folder)))
+            except SettingsError as error:
+                lines.append(f'the api_key for "{entry.name}" {error}')
+        sources.append(Source(entry.name, entry.effective_port, Entry(pattern.worker(), headers)))
+    if lines:
+        raise SettingsError("\n".join(lines))
+    return tuple(sources)
 
 
 def _secret(reference: SecretReference, folder: Path) -> str:

@@ -1,11 +1,13 @@
 """TLS towards workers: whose certificates are trusted, and what is wrong with one, in words.
 
 Certificates are always verified, and that they are for the host that was asked for. No setting turns that
-off: a worker with a certificate of a private CA, or one of its own making, is given a `ca_file`.
+off: a worker with a certificate of a private CA, or one of its own making, is given a `ca_file`. Agents alone
+are known by their certificates themselves (`pinning`).
 """
 
 from __future__ import annotations
 
+import functools
 import ssl
 from collections.abc import Mapping
 
@@ -35,6 +37,17 @@ def context(ca_file: str | None = None) -> ssl.SSLContext:
 def read(ca_file: str | None = None) -> ssl.SSLContext:
     """The same as the file is now; what is in use stays. Blocking, and raises as `context` does."""
     made = ssl.create_default_context(cafile=ca_file)
+    made.set_alpn_protocols(["http/1.1"])
+    return made
+
+
+@functools.cache
+def pinning() -> ssl.SSLContext:
+    """For connections whose certificate the caller compares itself, with the one that it expects."""
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    made.check_hostname = False
+    made.verify_mode = ssl.CERT_NONE
+    made.minimum_version = ssl.TLSVersion.TLSv1_2
     made.set_alpn_protocols(["http/1.1"])
     return made
 

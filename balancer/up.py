@@ -7,7 +7,6 @@ takes it down with itself: its standard input is a pipe that closes when this pr
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import os
 import signal
@@ -16,8 +15,6 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import psutil
 
 from balancer.app import Running
 from balancer.core.dispatcher import WorkerView
@@ -59,17 +56,17 @@ class LocalAgent:
     hurried: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when its end may cost running answers."""
     _process: asyncio.subprocess.Process | None = None
-    _environment: dict[str, str] = field(default_factory=dict, repr=False)
+    _cluster_key: Callable[[], str] = field(default=str, repr=False)
 
     @asynccontextmanager
     async def running(
-        self, balancer_url: str, data_dir: Path, cluster_key: str
+        self, balancer_url: str, data_dir: Path, cluster_key: Callable[[], str]
     ) -> AsyncIterator[asyncio.Task[None]]:
-        """Started, and started again while the block runs.
+        """Started, and started again while the block runs, with the cluster key as it is then.
 
         Gives the task that does it: it ends with `AgentFailed` when starting again is of no use.
         """
-        self._environment = agent_environment(os.environ, cluster_key)
+        self._cluster_key = cluster_key
         command = (
             sys.executable,
             *("-m", "worker_agent", "run", "--host", "127.0.0.1", "--port", "0", "--no-mdns"),
@@ -121,7 +118,7 @@ class LocalAgent:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=output,
                 stderr=output,
-                env=self._environment,
+                env=agent_environment(os.environ, self._cluster_key()),
                 start_new_session=True,
             )
         return await self._process.wait()
@@ -194,17 +191,17 @@ def _progress(agent: WorkerView | None) -> str:
 
 
 def welcome(
-    view: WorkerView, *, local: str, port: int, addresses: tuple[str, ...], loopback_only: bool
+    view: WorkerView, *, local: str, places: tuple[str, ...], invitation: str, loopback_only: bool
 ) -> dict[str, str]:
     """What a new user wants to know, by heading; the commands work as pasted.
 
     They bound the answer: a small model now and then does not stop before its context is full.
 
-    `local`: the balancer's URL on this machine. `addresses`: this machine's, for others.
+    `local`: the balancer's URL on this machine. `places`: where it is for others, `host:port`.
     """
     model = view.models[0]
     texts = {
-        "Endpoint": "\n".join([f"{local}/v1", *(f"http://{address}:{port}/v1" for address in addresses)]),
+        "Endpoint": "\n".join([f"{local}/v1", *(f"{_url(place)}/v1" for place in places)]),
         "Model": f"{model} ({view.engine} on {view.hardware})" if view.hardware else model,
         "Try it": (
             f"curl {local}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
@@ -220,56 +217,21 @@ def welcome(
             ")\n"
             "print(answer.choices[0].message.content)"
         ),
-        "Another machine": _joining(port, addresses, loopback_only),
+        "Another machine": _joining(invitation, places, loopback_only),
     }
     if view.advice:
         texts["This machine could do more"] = "\n".join(view.advice)
     return texts
 
 
-def _joining(port: int, addresses: tuple[str, ...], loopback_only: bool) -> str:
-    if loopback_only or not addresses:
+def _joining(invitation: str, places: tuple[str, ...], loopback_only: bool) -> str:
+    if loopback_only or not places:
         return "needs this balancer to listen on the network: start it with --host 0.0.0.0"
     return (
-        "on it, in a checkout of this project:\n"
-        f"pip install uv && uv run worker-agent join http://{addresses[0]}:{port}"
+        "on it, in a checkout of this project (the line holds the cluster key: keep it to yourself):\n"
+        f"pip install uv && uv run worker-agent join '{invitation}'"
     )
 
 
-def own_url(host: str, port: int) -> str:
-    """Where a balancer that listens on this host is reached from its own machine."""
-    if host in ("0.0.0.0", "::", ""):
-        host = "127.0.0.1"
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a balancer that listens there can be reached from this machine only."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def lan_addresses(host: str) -> tuple[str, ...]:
-    """Where others reach a balancer that listens on this host: that one, or all IPv4 addresses of this
-    machine's running interfaces."""
-    if host not in ("0.0.0.0", "::", ""):
-        return (host,)
-    running = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
-    found = [
-        address.address
-        for name, addresses in psutil.net_if_addrs().items()
-        if name in running and not name.startswith(("docker", "br-", "veth"))
-        for address in addresses
-        if _is_lan(address.address)
-    ]
-    return tuple(dict.fromkeys(found))
-
-
-def _is_lan(text: str) -> bool:
-    try:
-        address = ipaddress.IPv4Address(text)
-    except ValueError:
-        return False
-    return not (address.is_loopback or address.is_link_local)
+def _url(place: str) -> str:
+    return place if "://" in place else f"http://{place}"

@@ -1,9 +1,12 @@
-"""The HTTP client towards workers: one POST, its answer as bytes come. Knows no dialect.
+"""The HTTP client towards workers: one request, its answer as bytes come. Knows no dialect.
 
 Written by hand, as the one place where every layer costs each token of each stream: a protocol on llhttp
 (`httptools`, the parser that aiohttp uses too), one pool of idle connections per address. It fails closed:
 whatever is not what HTTP says ends the connection and the exchange. No proxy from the environment, no
 redirect, no cookie is ever followed (RELIABILITY R9, R10).
+
+Agents have certificates of their own making. Theirs are compared by fingerprint, before a byte of a request
+is sent.
 """
 
 from __future__ import annotations
@@ -14,12 +17,13 @@ import socket
 import ssl
 import sys
 from collections import deque
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from types import TracebackType
-from typing import NamedTuple, Protocol, Self, cast
-from urllib.parse import urlsplit
+from typing import Final, NamedTuple, Protocol, Self, cast
+from urllib.parse import quote, unquote, urlsplit
 
 import httptools
 
@@ -39,6 +43,13 @@ MAX_IDLE = 256
 REST_SECONDS = 1.0
 """What is left of an answer after its own end (HTTP's, as a rule) may take so long; then the connection is
 not used again."""
+ANY_CERTIFICATE: Final = "any"
+"""In place of a pin: whoever is there may show any certificate, which is looked at afterwards
+(`Exchange.fingerprint`). For the handshake alone."""
+TUNNEL_SCHEME: Final = "tunnel://"
+MAX_WRONG_TUNNELS = 4
+"""Anybody may open connections under an agent's id: so many of them are tried before that agent counts as not
+reached."""
 _KEEP_ALIVE_SECONDS = 3, 2, 2
 """TCP's: silence before the first question, between two, and how many. A cut cable is found after 7 s, by
 no other means where no report is expected (RELIABILITY M2)."""
@@ -50,6 +61,13 @@ class UpstreamError(Exception):
 
 class Unreachable(UpstreamError):
     """No connection came about: the worker has seen nothing of the request."""
+
+
+class OtherCertificate(Unreachable):
+    """Whoever is there is somebody else, or was set up anew; nothing was said to it."""
+
+    def __init__(self) -> None:
+        super().__init__("its certificate is another one than when it was met")
 
 
 class OutOfFiles(UpstreamError):
@@ -103,23 +121,64 @@ class Listener(Protocol):
 
 class Address(NamedTuple):
     host: str
+    """Of a tunnel: the agent's id."""
     port: int
     tls: bool
     ca_file: str | None = None
     """Whose certificates are trusted; None: those that the system trusts."""
+    pin: str | None = None
+    """SHA-256, in hex, of the one certificate that is accepted, whoever signed it; or `ANY_CERTIFICATE`."""
+    tunnel: bool = False
+    """The connection is one that the agent has opened."""
 
     @classmethod
     def of(cls, url: str, ca_file: str | None = None) -> Address:
-        """Of `http://host:port`, whatever path follows."""
+        """Of `http://host:port`, whatever path follows, or `tunnel://ID`."""
         parts = urlsplit(url)
+        if url.startswith(TUNNEL_SCHEME):
+            return cls(unquote(parts.netloc), 0, tls=True, tunnel=True)
         tls = parts.scheme == "https"
         return cls(parts.hostname or "", parts.port or (443 if tls else 80), tls, ca_file if tls else None)
 
     @property
     def authority(self) -> str:
         """As the header `Host` has it: without the port where it is the scheme's own."""
+        if self.tunnel:
+            return "localhost"
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == (443 if self.tls else 80) else f"{host}:{self.port}"
+
+
+def tunnel_url(agent_id: str) -> str:
+    """Where an agent is that opens the connections itself."""
+    return TUNNEL_SCHEME + quote(agent_id, safe="")
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a worker is reached, and what goes with every request to it."""
+
+    address: Address
+    headers: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    fingerprint: str
+    """Of the certificate that it came from; empty without TLS."""
+
+
+class Dialled(Protocol):
+    """Connections that agents have opened and wait on."""
+
+    async def take(self, agent_id: str) -> socket.socket:
+        """One of them, from now on the caller's. Raises `OSError` where there is none."""
+        ...
 
 
 class Exchange(asyncio.Protocol):
@@ -143,6 +202,8 @@ class Exchange(asyncio.Protocol):
         self._resting: asyncio.TimerHandle | None = None
         self.idle_since = 0.0
         self.paused = False
+        self.fingerprint = ""
+        """SHA-256, in hex, of the certificate of whoever is there; empty without TLS."""
 
     # What the holder of the exchange may do
 
@@ -180,6 +241,12 @@ class Exchange(asyncio.Protocol):
     def is_open(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
+    def belongs_to(self, pool: _Pool) -> None:
+        """A connection whose certificate was any is one of those pinned to it, from now on."""
+        self._pool.open -= 1
+        self._pool = pool
+        pool.open += 1
+
     def send(self, request: bytes, body: bytes, listener: Listener) -> None:
         self._listener = listener
         self._parser = httptools.HttpResponseParser(self)
@@ -198,6 +265,8 @@ class Exchange(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        self._pool.open += 1
+        self.fingerprint = _fingerprint(transport.get_extra_info("ssl_object"))
         _find_out_when_it_is_cut(transport.get_extra_info("socket"))
 
     def data_received(self, data: bytes) -> None:
@@ -223,6 +292,7 @@ class Exchange(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
+        self._pool.open -= 1
         self._pool.forget(self)
         if self._resting is not None:
             self._resting.cancel()
@@ -315,8 +385,11 @@ class Exchange(asyncio.Protocol):
 class _Pool:
     """The idle connections to one address, the last used first."""
 
-    def __init__(self, address: Address) -> None:
+    def __init__(self, address: Address, dialled: Dialled | None) -> None:
         self.address = address
+        self.open = 0
+        """Connections, idle or not."""
+        self._dialled = dialled
         self._idle: deque[Exchange] = deque()
         self._distrusted_until = 0.0
 
@@ -326,6 +399,11 @@ class _Pool:
         stream: 6 to 10 of 20 pooled requests met a closed one (ENGINES 1c), so who was found to do that gets
         a new connection each time, for a while."""
         return asyncio.get_running_loop().time() >= self._distrusted_until
+
+    @property
+    def is_needed(self) -> bool:
+        """There is something to remember of this address."""
+        return self.open > 0 or not self.keeps
 
     def distrust(self) -> None:
         self._distrusted_until = asyncio.get_running_loop().time() + DISTRUST_SECONDS
@@ -354,18 +432,64 @@ class _Pool:
             self._idle.popleft().abort()
 
     async def connect(self) -> Exchange:
-        host, port, tls, ca_file = self.address
-        _, exchange = await asyncio.get_running_loop().create_connection(
-            lambda: Exchange(self), host, port, ssl=trust.context(ca_file) if tls else None
+        """Raises `OSError` and `OtherCertificate`."""
+        if not self.address.tunnel:
+            exchange = await self._opened(None)
+            self._insist_on_pin(exchange)
+            return exchange
+        for tried in range(1, MAX_WRONG_TUNNELS + 1):
+            sock = await self._taken()
+            try:
+                exchange = await self._opened(sock)
+                self._insist_on_pin(exchange)
+            except (OSError, OtherCertificate):
+                if tried == MAX_WRONG_TUNNELS:
+                    raise
+            else:
+                return exchange
+        raise ConnectionRefusedError
+
+    async def _taken(self) -> socket.socket:
+        if self._dialled is None:
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "no agent can open connections here")
+        return await self._dialled.take(self.address.host)
+
+    async def _opened(self, sock: socket.socket | None) -> Exchange:
+        loop = asyncio.get_running_loop()
+        host, port, tls, ca_file, pin, _ = self.address
+        context = None
+        if tls:
+            context = trust.pinning() if pin is not None else trust.context(ca_file)
+        if sock is not None:
+            try:
+                _, exchange = await loop.create_connection(
+                    lambda: Exchange(self), sock=sock, ssl=context, server_hostname="" if context else None
+                )
+            except BaseException:
+                sock.close()
+                raise
+            return exchange
+        # A pinned certificate is for nobody's name, and there is no need to tell the network ours for it.
+        name = "" if pin is not None and tls else None
+        _, exchange = await loop.create_connection(
+            lambda: Exchange(self), host, port, ssl=context, server_hostname=name
         )
         return exchange
+
+    def _insist_on_pin(self, exchange: Exchange) -> None:
+        pin = self.address.pin
+        if pin not in (None, ANY_CERTIFICATE) and exchange.fingerprint != pin:
+            exchange.abort()
+            raise OtherCertificate
 
 
 class Upstream:
     """Connections to all workers. Use it as an asynchronous context manager."""
 
-    def __init__(self, policy: TimeoutPolicy) -> None:
+    def __init__(self, policy: TimeoutPolicy, dialled: Dialled | None = None) -> None:
+        """`dialled`: where the connections of agents are that open them themselves."""
         self.policy = policy
+        self._dialled = dialled
         self._pools: dict[Address, _Pool] = {}
         self._tidying: asyncio.TimerHandle | None = None
 
@@ -384,7 +508,7 @@ class Upstream:
         self._pools.clear()
         await asyncio.sleep(0)  # aborted connections are closed by the next turn of the loop
 
-    async def post(
+    async def send(
         self,
         address: Address,
         request: bytes,
@@ -396,7 +520,7 @@ class Upstream:
         """Sends, at once where a connection is there; what comes of it goes to the listener.
 
         `request`: line and headers with the empty line after them. `fresh`: on no connection that was used
-        before. Raises `Unreachable` and `OutOfFiles`.
+        before. Raises `Unreachable`, of a pinned address `OtherCertificate`, and `OutOfFiles`.
         """
         pool = self._pools.get(address) or self._pool(address)
         exchange = None if fresh else pool.take(asyncio.get_running_loop().time())
@@ -404,6 +528,56 @@ class Upstream:
             exchange = await self._connected(pool)
         exchange.send(request, body, listener)
         return exchange
+
+    async def ask(
+        self,
+        address: Address,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes = b"",
+        *,
+        limit_bytes: int,
+        seconds: float,
+    ) -> Answer:
+        """The whole answer. Raises `UpstreamError`, for one that is longer than allowed too, and
+        `TimeoutError`."""
+        request = _request(address, method, path, headers, len(body))
+        async with asyncio.timeout(seconds):
+            for fresh in (False, True):
+                hearing = _Hearing(limit_bytes)
+                exchange = await self.send(address, request, body, hearing, fresh=fresh)
+                try:
+                    head = await hearing.head_of()
+                    said = await hearing.rest()
+                except Stale:
+                    if fresh:
+                        raise
+                    continue
+                except BaseException:
+                    exchange.abort()
+                    raise
+                fingerprint = exchange.fingerprint
+                exchange.leave()
+                return Answer(head.status, head.headers, said, fingerprint)
+        raise AssertionError("the second try gives an answer or raises")
+
+    @asynccontextmanager
+    async def reading(
+        self, address: Address, path: str, headers: Mapping[str, str], *, limit_bytes: int
+    ) -> AsyncIterator[Lines]:
+        """An answer that may last for ever, to be read line by line; its connection ends with the block.
+
+        Raises `UpstreamError` here and while it is read.
+        """
+        request = _request(address, "GET", path, headers, 0)
+        lines = Lines(limit_bytes)
+        lines.exchange = exchange = await self.send(address, request, b"", lines, fresh=True)
+        try:
+            lines.status = (await lines.head_of()).status
+            yield lines
+        finally:
+            exchange.abort()
 
     async def listens(self, address: Address, seconds: float) -> bool:
         """Whether somebody may take connections there. False only where the machine itself says that nobody
@@ -413,7 +587,7 @@ class Upstream:
                 exchange = await self._pool(address).connect()
         except ConnectionRefusedError:
             return False
-        except OSError:  # a TimeoutError too
+        except (OSError, Unreachable):  # a TimeoutError too
             return True
         exchange.abort()
         return True
@@ -424,6 +598,8 @@ class Upstream:
                 exchange = await pool.connect()
         except TimeoutError:
             raise Unreachable("no connection in time") from None
+        except ConnectionRefusedError as error:
+            raise Unreachable("connection refused: nothing listens there") from error
         except ssl.SSLError as error:
             raise Unreachable(trust.complaint(error)) from error
         except OSError as error:
@@ -432,19 +608,117 @@ class Upstream:
             raise Unreachable(_name(error)) from error
         if not exchange.is_open:
             raise Unreachable("the connection was closed at once")
+        if pool.address.pin == ANY_CERTIFICATE:
+            exchange.belongs_to(self._pool(pool.address._replace(pin=exchange.fingerprint or None)))
         return exchange
 
     def _pool(self, address: Address) -> _Pool:
         pool = self._pools.get(address)
         if pool is None:
-            pool = self._pools[address] = _Pool(address)
+            pool = self._pools[address] = _Pool(address, self._dialled)
         return pool
 
     def _tidy(self) -> None:
         loop = asyncio.get_running_loop()
-        for pool in self._pools.values():
+        for pool in list(self._pools.values()):
             pool.tidy(loop.time())
+            if not pool.is_needed:
+                del self._pools[pool.address]
         self._tidying = loop.call_later(IDLE_SECONDS / 3, self._tidy)
+
+
+class _Hearing:
+    """Gathers an answer for somebody who awaits it."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit = limit_bytes
+        self._head: Head | None = None
+        self._body = bytearray()
+        self._ended = False
+        self._error: UpstreamError | None = None
+        self._news = asyncio.Event()
+
+    def head(self, head: Head) -> None:
+        self._head = head
+        self._news.set()
+
+    def body(self, data: bytes) -> None:
+        self._body += data
+        self._insist_on_limit()
+        self._news.set()
+
+    def end(self) -> None:
+        self._ended = True
+        self._news.set()
+
+    def failed(self, error: UpstreamError) -> None:
+        self._error = self._error or error
+        self._news.set()
+
+    async def head_of(self) -> Head:
+        """Raises `UpstreamError`."""
+        while self._head is None:
+            await self._more()
+        return self._head
+
+    async def rest(self) -> bytes:
+        """All of the body that is left. Raises `UpstreamError`."""
+        while not self._ended or self._error is not None:
+            await self._more()
+        return bytes(self._body)
+
+    def _insist_on_limit(self) -> None:
+        if len(self._body) > self._limit:
+            self._error = self._error or Broke(f"an answer of more than {self._limit} bytes")
+
+    async def _more(self) -> None:
+        self._news.clear()
+        if self._error is not None:
+            raise self._error
+        await self._news.wait()
+
+
+class Lines(_Hearing):
+    """An answer that is read line by line, none of which is longer than the limit."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(limit_bytes)
+        self.exchange: Exchange | None = None
+        self.status = 0
+
+    async def line(self) -> bytes:
+        """The next, with its newline; empty at the end. Raises `UpstreamError`."""
+        while (newline := self._body.find(b"\n")) < 0 and not self._ended:
+            await self._more()
+        length = newline + 1 or len(self._body)
+        line = bytes(self._body[:length])
+        del self._body[:length]
+        if self.exchange is not None and self.exchange.paused and not self._is_full:
+            self.exchange.resume()
+        return line
+
+    @property
+    def _is_full(self) -> bool:
+        return len(self._body) > self._limit // 2
+
+    def _insist_on_limit(self) -> None:
+        if self._is_full and self.exchange is not None:
+            self.exchange.pause()  # whoever sends faster than is read waits
+        if len(self._body) > self._limit and b"\n" not in self._body[: self._limit]:
+            self._error = self._error or Broke(f"a line of more than {self._limit} bytes")
+
+
+def _request(address: Address, method: str, path: str, headers: Mapping[str, str], length: int) -> bytes:
+    lines = {"Host": address.authority, **headers, "Accept-Encoding": "identity"}
+    if length or method != "GET":
+        lines |= {"Content-Type": "application/json", "Content-Length": str(length)}
+    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+    return f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode("latin-1")
+
+
+def _fingerprint(tls: ssl.SSLObject | None) -> str:
+    certificate = None if tls is None else tls.getpeercert(binary_form=True)
+    return "" if certificate is None else sha256(certificate).hexdigest()
 
 
 def _find_out_when_it_is_cut(sock: socket.socket | None) -> None:

@@ -1,4 +1,4 @@
-"""How each worker is, watched: the report stream of an agent, polling for all others.
+"""How each worker is, watched: the report stream of an agent, once it was met, polling for all others.
 
 Performs; what an answer means is decided by `worker_types` and `wire`. One task per worker, told apart by
 its id; each speaks to the rest of the program through `tell` only.
@@ -7,13 +7,15 @@ its id; each speaks to the rest of the program through `tell` only.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import dataclasses
 import logging
 import random
 import ssl
 from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import aiohttp
 from aiohttp.http_exceptions import HttpProcessingError
@@ -31,7 +33,9 @@ from balancer.core.model import (
     WorkerId,
 )
 from balancer.identity import identity, with_automatic_names
+from balancer.meeting import NotMet, is_session_unknown
 from balancer.patience import Patience, patient
+from balancer.upstream import Lines, OtherCertificate, UpstreamError, Way
 from balancer.worker_types import (
     LEAST_LOAD_SECONDS,
     LOAD_BYTES_PER_SECOND,
@@ -73,6 +77,8 @@ class WatchPolicy:
     first_pause_seconds: float = 0.5
     longest_pause_seconds: float = 5.0
     """Between tries to reach a lost agent: doubled up to the longest, less up to half by chance."""
+    stranger_pause_seconds: float = 30.0
+    """The longest for a guest that answered and was not let in."""
     report_gap_seconds: float = 0.02
     """Reports of one agent are read at most so often, so that a mad one cannot fill the event loop."""
 
@@ -86,6 +92,19 @@ class Unreached(Exception):
         """There is no need to ask again: the machine is up and nobody listens, say, or the key is wrong."""
 
 
+class Agents(Protocol):
+    """The part of `cluster.Cluster` by which agents are met and heard."""
+
+    def way(self, worker: Worker) -> Way | None: ...
+    async def meet(self, worker: Worker) -> Way: ...
+    def drop(self, worker: Worker) -> None: ...
+    def reports(self, way: Way) -> AbstractAsyncContextManager[Lines]: ...
+
+
+class _Stranger(Exception):
+    """The agent does not know the session."""
+
+
 class Watches:
     """The watched workers. `tell` is called from the event loop and must not block."""
 
@@ -94,35 +113,52 @@ class Watches:
         *,
         tell: Callable[[Event], None],
         session: aiohttp.ClientSession,
+        agents: Agents,
         policy: WatchPolicy,
         is_at_work: Callable[[WorkerId], bool] = lambda _: False,
         chance: Callable[[], float] = random.random,
         on_report: Callable[[wire.Report], None] = lambda _: None,
     ) -> None:
-        """`is_at_work`: answers come from this worker; one that is too busy for a probe is not lost.
-        `on_report`: is given what an agent says of itself as it came, before the event that it becomes."""
+        """`session`: for workers without an agent. `is_at_work`: answers come from this worker; one that is
+        too busy for a probe is not lost. `on_report`: is given what an agent says of itself as it came,
+        before the event that it becomes."""
         self._tell = tell
         self._session = session
+        self._agents = agents
         self._policy = policy
         self._is_at_work = is_at_work
         self._chance = chance
         self._on_report = on_report
+        self._watches: dict[WorkerId, _Watch] = {}
         self._tasks: dict[WorkerId, asyncio.Task[None]] = {}
         self._leaving: set[asyncio.Task[None]] = set()
 
-    def follow(self, worker: Worker, headers: Mapping[str, str] = NO_HEADERS) -> None:
-        """Watches the worker from now on, in place of any earlier watch of its id."""
+    def follow(
+        self, worker: Worker, headers: Mapping[str, str] = NO_HEADERS, *, is_guest: bool = False
+    ) -> None:
+        """Watches the worker from now on, in place of any earlier watch of its id. `is_guest`: nothing is
+        told of it before it was met."""
         self.forget(worker.id)
         watch = _Watch(
-            *(worker, headers, self._tell, self._session, self._policy, self._is_at_work, self._chance),
-            self._on_report,
+            *(worker, headers, self._tell, self._session, self._agents, self._policy, self._is_at_work),
+            *(self._chance, self._on_report, is_guest),
         )
+        self._watches[worker.id] = watch
         # Kept in _tasks, then in _leaving until it has ended; aclose awaits both.
-        task = asyncio.create_task(watch.run(), name=f"watch {worker.id}")  # noqa: TID251
+        # In a context of its own: it outlives the request by which the worker may have come.
+        task = asyncio.create_task(  # noqa: TID251
+            watch.run(), name=f"watch {worker.id}", context=contextvars.Context()
+        )
         self._tasks[worker.id] = task
+
+    def wake(self, worker_id: WorkerId) -> None:
+        """There is reason to try it now, not only after the pause."""
+        if (watch := self._watches.get(worker_id)) is not None:
+            watch.woken.set()
 
     def forget(self, worker_id: WorkerId) -> None:
         """Ends the watch; nothing more is told of the worker. Nothing happens if there is none."""
+        self._watches.pop(worker_id, None)
         task = self._tasks.pop(worker_id, None)
         if task is not None:
             task.cancel()
@@ -145,20 +181,26 @@ class _Watch:
         headers: Mapping[str, str],
         tell: Callable[[Event], None],
         session: aiohttp.ClientSession,
+        agents: Agents,
         policy: WatchPolicy,
         is_at_work: Callable[[WorkerId], bool],
         chance: Callable[[], float],
         on_report: Callable[[wire.Report], None],
+        is_guest: bool,
     ) -> None:
         self._worker = worker
         self._type = row_of(worker)
         self._headers = headers
         self._tell = tell
         self._session = session
+        self._agents = agents
         self._policy = policy
         self._is_at_work = is_at_work
         self._chance = chance
         self._on_report = on_report
+        self._is_unknown = is_guest
+        """Nobody has heard of it yet."""
+        self.woken = asyncio.Event()
         self._lost: str | None = None
         self._last: Condition | None = None
         self._heard: float | None = None
@@ -194,57 +236,77 @@ class _Watch:
         self._tell(Reported(self._worker.id, condition))
 
     def _is_lost(self, reason: str) -> None:
+        if self._is_unknown:
+            if reason != self._lost:
+                log.debug("agent %s at %s is not here: %s", self._worker.id, self._worker.url, reason)
+                self._lost = reason
+            return
         if reason != self._lost:
             log.warning("worker %s at %s is lost: %s", self._worker.id, self._worker.url, reason)
             self._lost = reason
             self._lacks.clear()  # it may come back as a newer version
             self._tell(Lost(self._worker.id, reason, abandon=self._type.probe_path is None))
 
-    # An agent: one answer that does not end, a report in each line ...
+    # An agent: met, then one answer that does not end, a report in each line ...
 
     async def _listen(self) -> None:
         policy, loop = self._policy, asyncio.get_running_loop()
         pause = policy.first_pause_seconds
         while True:
+            self.woken.clear()
             began, before = loop.time(), self._heard
             # A stream that broke has what is left of the silence to come back, a lost agent a whole one.
             silent_from = began if self._heard is None or self._lost is not None else self._heard
+            longest = policy.longest_pause_seconds
             try:
                 async with patient(silent_from + policy.lost_after_seconds) as silence:
-                    await self._hear(silence)
+                    await self._hear_or_meet_again(silence)
                 reason, broke = "it ended its report stream", True
             except TimeoutError:
                 reason, broke = f"no report for {policy.lost_after_seconds:g} s", False
             except Unreached as error:
                 reason, broke = str(error), False
+            except NotMet as error:
+                reason, broke = str(error), False
+                if error.certain and self._is_unknown:
+                    longest = policy.stranger_pause_seconds
             except wire.WireError as error:
                 reason, broke = f"its report is not usable: {error}", False
-            except (aiohttp.ClientError, HttpProcessingError, OSError) as error:
-                reason, broke = _words(error), True
+            except UpstreamError as error:
+                reason, broke = str(error), True
             if self._heard != before:
                 pause = policy.first_pause_seconds
                 if broke and loop.time() - began >= wire.REPORT_INTERVAL_SECONDS:
                     continue  # a stream that had lived: back at once
             if not broke or self._heard == before:
                 self._is_lost(reason)
-            await asyncio.sleep(pause * (1 - self._chance() / 2))
-            pause = min(2 * pause, policy.longest_pause_seconds)
+            await self._rest(pause * (1 - self._chance() / 2))
+            pause = min(2 * pause, longest)
 
-    async def _hear(self, silence: Patience) -> None:
+    async def _rest(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.woken.wait()
+
+    async def _hear_or_meet_again(self, silence: Patience) -> None:
+        """Until the stream ends. An agent that does not know us any more is met again, once."""
+        for _ in range(2):
+            way = self._agents.way(self._worker) or await self._agents.meet(self._worker)
+            self.woken.clear()  # by our own meeting too
+            self._is_unknown = False
+            try:
+                await self._hear(way, silence)
+                return
+            except (_Stranger, OtherCertificate):
+                self._agents.drop(self._worker)
+        raise Unreached("it does not know us a moment after it was met")
+
+    async def _hear(self, way: Way, silence: Patience) -> None:
         """Until the stream ends; each report moves the end of the agent's time."""
-        async with self._session.get(
-            self._worker.url + wire.REPORT_PATH,
-            headers=self._headers,
-            ssl=self._tls(),
-            timeout=_ENDLESS,
-            allow_redirects=False,
-        ) as response:
-            if response.status != 200:
-                raise Unreached(
-                    f"it answered {wire.REPORT_PATH} with status {response.status}"
-                    f"{await _complaint(response.content)}"
-                )
-            while line := await response.content.readline(max_line_length=wire.MAX_REPORT_BYTES):
+        async with self._agents.reports(way) as lines:
+            if lines.status != 200:
+                await self._complain(lines)
+            while line := await lines.line():
                 report = wire.Report.from_line(line)
                 if report.id != self._worker.id:
                     raise wire.WireError(
@@ -255,7 +317,19 @@ class _Watch:
                 silence.reschedule(self._heard + self._policy.lost_after_seconds)
                 self._on_report(report)
                 self._is_well(from_report(report))
+                if self._agents.way(self._worker) is not way:
+                    return  # others found that it does not know us
                 await asyncio.sleep(self._policy.report_gap_seconds)
+
+    async def _complain(self, lines: Lines) -> None:
+        """Raises what an agent says about turning us away."""
+        body = await lines.line()
+        if is_session_unknown(lines.status, body):
+            raise _Stranger
+        said = said_in(body[:MAX_COMPLAINT_BYTES])
+        raise Unreached(
+            f"it answered {wire.REPORT_PATH} with status {lines.status}{f': {said}' if said else ''}"
+        )
 
     # All others: asked again and again ...
 
@@ -349,12 +423,6 @@ class _Watch:
             return trust.context(self._worker.ca_file)
         except OSError as error:
             raise Unreached(f"its ca_file cannot be used: {error.strerror or error}", certain=True) from error
-
-
-async def _complaint(content: aiohttp.StreamReader) -> str:
-    """What an agent says about turning us away, short and printable."""
-    said = said_in((await _bounded(content))[:MAX_COMPLAINT_BYTES])
-    return f": {said}" if said else ""
 
 
 async def _bounded(content: aiohttp.StreamReader) -> bytes:

@@ -38,7 +38,7 @@ from benchmarks.load import Load
 from benchmarks.mock_worker import MODEL
 from benchmarks.processes import Cores, NotReady, Started, free_ports, started
 from benchmarks.rooms.listing import listing, show, write
-from benchmarks.static_agent import agent_id
+from benchmarks.static_agent import KEY, agent_id
 from benchmarks.tables import RESULTS, Column, Row, machine
 
 TITLE = "What stands in the way costs"
@@ -199,11 +199,12 @@ def balancer(target: str, *, hot_path: bool = True, agents: bool = False) -> Way
                 started(
                     (
                         *(*SERVE, "--config", str(folder / "balancer.json"), "--host", "127.0.0.1"),
-                        *("--port", str(port), "--no-mdns"),
+                        *("--port", str(port), "--no-mdns", "--data-dir", str(folder / "data")),
                     ),
                     folder / "balancer.log",
                     core=stage.cores.subject,
-                    environment={"BALANCER_HOT_PATH": str(hot_path).lower()} if HAS_HOT_PATH else None,
+                    environment={"BALANCER_CLUSTER_KEY": KEY}
+                    | ({"BALANCER_HOT_PATH": str(hot_path).lower()} if HAS_HOT_PATH else {}),
                 )
             )
             url = f"http://127.0.0.1:{port}"

@@ -14,6 +14,7 @@ import orjson
 
 from balancer.config_file import WorkerEntry
 from benchmarks.processes import Started, free_ports, started
+from tests.fakes.agent_gate import KEY
 
 READY_SECONDS = 60.0
 
@@ -44,7 +45,8 @@ async def balancer(
         *(sys.executable, "-m", "balancer", "serve", "--config", str(config), "--host", "127.0.0.1"),
         *("--port", str(port), "--no-mdns", "--data-dir", str(folder / "data")),
     )
-    async with started(arguments, folder / "balancer.log") as one:
+    shared = {"BALANCER_CLUSTER_KEY": KEY}
+    async with started(arguments, folder / "balancer.log", environment=shared) as one:
         url = f"http://127.0.0.1:{port}"
         await one.ready(lambda: workers_ready(url, len(entries)), READY_SECONDS)
         yield Serving(url, one, folder / "data")
@@ -64,11 +66,12 @@ async def workers_ready(url: str, count: int) -> bool:
 
 
 def entry(number: int, url: str, slots: int | None) -> dict[str, Any]:
-    """The file's line for the worker `w0`, `w1`, ... at that URL; `slots` is None for an agent."""
+    """The file's line for the worker `w0`, `w1`, ... at that URL; `slots` is None for a fake agent, which
+    speaks no TLS."""
     host, port = url.removeprefix("http://").split(":")
     one: dict[str, Any] = {"id": f"w{number}", "host": host, "port": int(port)}
     if slots is None:
-        return one | {"type": "agent"}
+        return one | {"type": "agent", "tls": False}
     one |= {"type": "openai", "max_concurrent_requests": slots}
     return one | ({"continues": True} if "continues" in WorkerEntry.model_fields else {})
 

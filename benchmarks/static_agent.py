@@ -1,8 +1,9 @@
 """The agent's hop without an engine to run: its gateway in front of servers that are there already.
 
 `python -m benchmarks.static_agent --engine PORT --engine PORT ...` prints a port for each as its first line,
-in their order. The agents are called `agent-0`, `agent-1`, ... They are those of several machines in one
-process: what a request costs is the same, and one process is easier to weigh.
+in their order. The agents are called `agent-0`, `agent-1`, ..., and each speaks TLS with a certificate of its
+own and answers only to balancers that hold `KEY`, as a real one does. They are those of several machines in
+one process: what a request costs is the same, and one process is easier to weigh.
 """
 
 from __future__ import annotations
@@ -10,16 +11,22 @@ from __future__ import annotations
 import argparse
 import asyncio
 import signal
+import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import uvloop
 
 from benchmarks.mock_worker import MODEL
+from worker_agent import certificate
+from worker_agent.certificate import Certificate
 from worker_agent.changes import Changes
+from worker_agent.cluster_key import ClusterKey
 from worker_agent.engines.vllm import VLLM
 from worker_agent.exchange import Fault
+from worker_agent.gate import Gate
 from worker_agent.gateway import Gateway
 from worker_agent.plans import Plan
 from worker_agent.readiness import Address
@@ -29,6 +36,7 @@ from worker_agent.supervised import Serving
 from worker_agent.wire import EngineState, Report, ServedModel
 
 SLOTS = 1024
+KEY = "the-cluster-key-of-a-benchmark"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +106,9 @@ def agent_id(number: int) -> str:
     return f"agent-{number}"
 
 
-def gateway(number: int, port: int) -> tuple[Gateway, Resident]:
-    """In front of the server at that port of loopback, which keeps its connections as vLLM does."""
+def gateway(number: int, port: int, own: Certificate) -> tuple[Gateway, Resident]:
+    """In front of the server at that port of loopback, which keeps its connections as vLLM does. `own`: with
+    which it is served."""
     plan = Plan(spec=VLLM, model=MODEL, name=MODEL, slots=SLOTS, context_tokens=None, threads=1)
     serving = Serving(address=Address(port=port, secret=None), model=MODEL, context_tokens=None)
     model = ServedModel(name=MODEL)
@@ -116,7 +125,8 @@ def gateway(number: int, port: int) -> tuple[Gateway, Resident]:
 
     changes = Changes()
     resident = Resident(StaticEngine(plan, serving), changes)
-    one = Gateway(StaticModel(resident), report, changes)
+    gate = Gate(agent_id(number), ClusterKey(KEY, None), own.fingerprint)
+    one = Gateway(StaticModel(resident), report, changes, gate)
     return one, resident
 
 
@@ -124,17 +134,17 @@ async def _serve(engines: Sequence[int]) -> None:
     told_to_stop = asyncio.Event()
     for name in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(name, told_to_stop.set)
+    policy = ServerPolicy.for_slots(SLOTS)
     async with AsyncExitStack() as stack:
-        gateways = []
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        gateways, ports = [], []
         for number, port in enumerate(engines):
-            one, resident = gateway(number, port)
+            own = certificate.kept(folder / f"{number}.pem")
+            one, resident = gateway(number, port, own)
             await stack.enter_async_context(resident.connected())
+            served = listening(one.application(), "127.0.0.1", 0, policy, own.server_context())
+            ports.append((await stack.enter_async_context(served)).port)
             gateways.append(one)
-        policy = ServerPolicy.for_slots(SLOTS)
-        ports = [
-            await stack.enter_async_context(listening(one.application(), "127.0.0.1", 0, policy))
-            for one in gateways
-        ]
         print(*ports, flush=True)
         await told_to_stop.wait()
         for one in gateways:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -15,14 +15,18 @@ import typer
 import uvloop
 
 from worker_agent import app as agent
-from worker_agent import service, uninstall
+from worker_agent import cluster_key, findings_table, log_format, service, uninstall
 from worker_agent.doctor import show
 from worker_agent.engines.choice import NoChoice
+from worker_agent.findings import as_json, has_fault
+from worker_agent.handshake import is_invitation, parse_invitation
 from worker_agent.identity import NoIdentity
 from worker_agent.models import cli as models
 from worker_agent.models.downloads import DownloadPolicy, DownloadRefused
+from worker_agent.network import NetworkPolicy, examine
+from worker_agent.private_files import FileFault
 from worker_agent.server import CannotListen
-from worker_agent.settings import Settings, SettingsError, load
+from worker_agent.settings import Settings, SettingsError, default_data_dir, load
 
 _T = TypeVar("_T")
 
@@ -59,6 +63,10 @@ _DataDir = Annotated[
 ]
 _Balancer = Annotated[list[str] | None, typer.Option(help="A balancer's URL to join; may be repeated.")]
 _NoMdns = Annotated[bool, typer.Option("--no-mdns", help="Do not advertise on the local network.")]
+_DialOut = Annotated[
+    bool | None,
+    typer.Option("--dial-out", help="Open the connections from here, if balancers cannot reach us."),
+]
 _WithParent = Annotated[bool, typer.Option(help="Stop at the end of standard input.")]
 _LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")]
 _Config = Annotated[Path | None, typer.Option(help="A JSON file with settings.")]
@@ -78,6 +86,7 @@ def run(
     data_dir: _DataDir = None,
     balancer: _Balancer = None,
     no_mdns: _NoMdns = False,
+    dial_out: _DialOut = None,
     exit_with_parent: _WithParent = False,
     log_level: _LogLevel = None,
     config: _Config = None,
@@ -96,19 +105,30 @@ def run(
         "data_dir": data_dir,
         "balancers": tuple(balancer) if balancer else None,
         "mdns": False if no_mdns else None,
+        "dial_out": dial_out,
         "log_level": log_level,
     }
     settings = _settings(config, flags)
+    if settings.dial_out and not settings.balancers:
+        _give_up("to dial out, give the balancer's address: --balancer http://192.168.1.10:4000")
     _set_up_log(settings)
     try:
         _perform(agent.run(settings, exit_with_parent=exit_with_parent))
-    except (NoChoice, NoIdentity, agent.NoParent, CannotListen) as error:
+    except (NoChoice, NoIdentity, FileFault, agent.NoParent, CannotListen) as error:
         _give_up(str(error))
 
 
 @cli.command()
 def join(
-    url: Annotated[str, typer.Argument(help="The balancer's address, like http://192.168.1.10:4000.")],
+    context: typer.Context,
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="WHAT",
+            help="What `balancer cluster invite` shows; - reads it from standard input. Or a balancer's"
+            " address, like http://192.168.1.10:4000."
+        ),
+    ],
     engine: _Engine = None,
     model: _Model = None,
     name: _Name = None,
@@ -121,11 +141,15 @@ def join(
     data_dir: _DataDir = None,
     balancer: _Balancer = None,
     no_mdns: _NoMdns = False,
+    dial_out: _DialOut = None,
     exit_with_parent: _WithParent = False,
     log_level: _LogLevel = None,
     config: _Config = None,
 ) -> None:
-    """Runs, and tells the balancer at URL: for networks where multicast does not reach."""
+    """Runs, and joins the balancer that WHAT names; an invitation lets this machine into its room."""
+    if what == "-" or is_invitation(what):
+        text = what if what != "-" else sys.stdin.readline() if sys.stdin else ""
+        _become(["run", *_options(context), *_accepted(text, config, data_dir)])
     run(
         engine=engine,
         model=model,
@@ -137,27 +161,83 @@ def join(
         context_tokens=context_tokens,
         threads=threads,
         data_dir=data_dir,
-        balancer=[url, *(balancer or [])],
+        balancer=[what, *(balancer or [])],
         no_mdns=no_mdns,
+        dial_out=dial_out,
         exit_with_parent=exit_with_parent,
         log_level=log_level,
         config=config,
     )
 
 
+def _accepted(text: str, config: Path | None, data_dir: Path | None) -> list[str]:
+    """Keeps an invitation's key for good; the rest of it, as options of `run`."""
+    try:
+        invitation = parse_invitation(text)
+    except ValueError as error:
+        _give_up(str(error))
+    urls = tuple(place if "://" in place else f"http://{place}" for place in invitation.balancers)
+    settings = _settings(config, {"data_dir": data_dir, "balancers": urls or None})
+    if settings.cluster_key is None:
+        file = (settings.data_dir or default_data_dir()) / cluster_key.FILE
+        try:
+            cluster_key.kept(file, invitation.key)
+        except FileFault as error:
+            _give_up(str(error))
+        typer.echo(f"the cluster key is kept in {file}", err=True)
+    elif settings.cluster_key.get_secret_value() != invitation.key:
+        _give_up(
+            "WORKER_AGENT_CLUSTER_KEY or cluster_key_file gives another cluster key than the invitation: take"
+            " that away"
+        )
+    return [word for url in urls for word in ("--balancer", url)]
+
+
+def _options(context: typer.Context) -> list[str]:
+    """Those that were given, as they are typed."""
+    words: list[str] = []
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        if parameter.param_type_name != "option" or value is None or value is False:
+            continue
+        for each in value if isinstance(value, list | tuple) else (value,):
+            words += [parameter.opts[0]] if each is True else [parameter.opts[0], str(each)]
+    return words
+
+
+def _become(words: list[str]) -> NoReturn:
+    """Goes on as the same program with these words: those that it has now hold a secret, which every other
+    user of this machine could read for as long as it runs."""
+    sys.stdout.flush()
+    program = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
+    os.execv(sys.executable, [*program, *words])
+
+
 @cli.command()
 def doctor(
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    network: Annotated[
+        bool, typer.Option("--network", help="Why this machine and a balancer do not see each other.")
+    ] = False,
+    balancer: Annotated[
+        list[str] | None, typer.Option(help="With --network: a balancer's URL to look for; may be repeated.")
+    ] = None,
+    port: _Port = None,
     engine: _Engine = None,
     model: _Model = None,
     data_dir: _DataDir = None,
     config: _Config = None,
 ) -> None:
-    """Shows this machine, its engines, which would run and why, what fits and how fast it would be.
+    """Shows this machine, its engines, which would run and why, what fits and how fast it would be. With
+    --network: what keeps balancers and this machine apart, and how to mend it.
 
-    Ends with code 1 where none can run.
+    Ends with code 1 where none can run, or the network has a fault.
     """
-    settings = _settings(config, {"engine": engine, "model": model, "data_dir": data_dir})
+    flags = {"engine": engine, "model": model, "port": port, "data_dir": data_dir}
+    settings = _settings(config, flags)
+    if network:
+        _show_network(settings, balancer or (), json=json)
+        return
     inspection = _perform(agent.inspect(settings))
     findings = agent.findings(settings, inspection)
     if json:
@@ -165,6 +245,25 @@ def doctor(
     else:
         show(findings)
     if findings["engine"] is None:
+        raise typer.Exit(1)
+
+
+def _show_network(settings: Settings, balancers: Sequence[str], *, json: bool) -> None:
+    policy = NetworkPolicy(
+        host=settings.host,
+        port=settings.port,
+        tls=settings.tls,
+        mdns=settings.mdns,
+        balancers=settings.balancers,
+        data_dir=settings.data_dir or default_data_dir(),
+        cluster_key=None if settings.cluster_key is None else settings.cluster_key.get_secret_value(),
+    )
+    found = _perform(examine(policy, balancers))
+    if json:
+        sys.stdout.buffer.write(orjson.dumps(as_json(found), option=orjson.OPT_INDENT_2) + b"\n")
+    else:
+        findings_table.show(found)
+    if has_fault(found):
         raise typer.Exit(1)
 
 
@@ -207,11 +306,13 @@ def _fill_standard_descriptors() -> None:
 
 
 def _set_up_log(settings: Settings) -> None:
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"
-    )
+    lines = logging.StreamHandler()
+    lines.addFilter(log_format.Ids())
+    lines.setFormatter(log_format.formatter(settings.log_format, names=True, date=True))
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[lines], force=True)
     for talkative in ("asyncio", "zeroconf"):
         logging.getLogger(talkative).setLevel(logging.WARNING)
+    log_format.log_what_nobody_caught()
 
 
 def _give_up(message: str) -> NoReturn:

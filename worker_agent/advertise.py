@@ -1,7 +1,7 @@
-"""Tells the network by mDNS that an agent is here, and withdraws that when it leaves.
+"""Tells the network by mDNS that an agent or a balancer is here, and withdraws that when it leaves.
 
-A hint and no more: a balancer that hears it comes to ask. Where multicast does not pass (guest Wi-Fi, some
-VPNs), nothing here is fatal: the log says once how to join by address instead.
+A hint and no more: whoever hears it comes to ask. Where multicast does not pass (guest Wi-Fi, some VPNs),
+nothing here is fatal: the log says once what to do instead.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import ipaddress
 import logging
 import socket
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -22,16 +22,18 @@ from zeroconf.asyncio import AsyncZeroconf
 from worker_agent import wire
 
 _LOG = logging.getLogger(__name__)
-_LOOK_AGAIN_SECONDS = 15.0  # Wi-Fi changes, a cable is plugged in, a laptop wakes up elsewhere
+_LOOK_AGAIN_SECONDS = 5.0  # Wi-Fi changes, a cable is plugged in, a laptop wakes up elsewhere
 _VERSIONS = {4: IPVersion.V4Only, 6: IPVersion.V6Only}
 _WILDCARDS = ("", "0.0.0.0", "::")
 
 
 @dataclass(frozen=True, slots=True)
 class Presence:
-    """What an agent says of itself on the link."""
+    """What somebody says of itself on the link."""
 
-    agent_id: str
+    service_type: str
+    """`wire.SERVICE_TYPE` of an agent, `wire.BALANCER_SERVICE_TYPE` of a balancer."""
+    announced: wire.Announced
     host: str
     """The address that it is bound to; a wildcard stands for all of the machine's."""
     port: int
@@ -59,13 +61,13 @@ def addresses_of(host: str, found: Mapping[str, Sequence[str]]) -> tuple[str, ..
 
 def service_info(presence: Presence, addresses: Sequence[str]) -> ServiceInfo:
     """The mDNS record. Pure."""
-    label = "".join(c if c.isalnum() or c in "-_ " else "-" for c in presence.agent_id)
+    label = "".join(c if c.isalnum() or c in "-_ " else "-" for c in presence.announced.id)
     label = label.encode()[:63].decode(errors="ignore")  # one DNS label
     return ServiceInfo(
-        wire.SERVICE_TYPE,
-        f"{label}.{wire.SERVICE_TYPE}",
+        presence.service_type,
+        f"{label}.{presence.service_type}",
         port=presence.port,
-        properties=wire.txt_record(presence.agent_id),
+        properties=wire.txt_record(presence.announced),
         server=f"{label.replace(' ', '-')}.local.",
         parsed_addresses=list(addresses),
     )
@@ -78,29 +80,26 @@ def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | Non
         return None
 
 
-async def advertise(presence: Presence) -> None:
-    """Advertises until cancelled, and follows the machine's addresses; then says goodbye."""
+async def advertise(presence: Callable[[], Presence], instead: str) -> None:
+    """Advertises until cancelled, and follows the machine's addresses and what `presence` gives; then says
+    goodbye. `instead`: what to do where that does not work, for the log: a sentence without its full stop."""
     told_of_failure = False
     while True:
-        addresses = await _addresses(presence)
+        shown = presence()
+        addresses = await _addresses(shown)
         try:
             if addresses:
-                async with _registered(presence, addresses):
+                async with _registered(shown, addresses):
                     told_of_failure = False
-                    while await _addresses(presence) == addresses:  # noqa: ASYNC110 - nobody tells us of changes
-                        await asyncio.sleep(_LOOK_AGAIN_SECONDS)
-                _LOG.info("this machine's addresses changed; advertising anew")
+                    while presence() == shown and await _addresses(shown) == addresses:  # noqa: ASYNC110
+                        await asyncio.sleep(_LOOK_AGAIN_SECONDS)  # nobody tells us
+                _LOG.info("what is advertised by mDNS has changed; advertising anew")
                 continue
         except (OSError, ZeroconfError, RuntimeError, TimeoutError) as error:
             # RuntimeError is what zeroconf raises where no interface is up.
             if not told_of_failure:
                 told_of_failure = True
-                _LOG.warning(
-                    "cannot advertise by mDNS (%s): balancers will not find this machine by themselves."
-                    " Start it with `worker-agent join http://BALANCER:PORT`, or name it in the balancer's"
-                    " workers file",
-                    error or type(error).__name__,
-                )
+                _LOG.warning("cannot advertise by mDNS (%s): %s", error or type(error).__name__, instead)
         await asyncio.sleep(_LOOK_AGAIN_SECONDS)
 
 
@@ -119,7 +118,7 @@ async def _registered(presence: Presence, addresses: Sequence[str]) -> AsyncIter
         await (await zeroconf.async_register_service(info, allow_name_change=True))
         _LOG.info(
             "advertised by mDNS as %s on %s",
-            info.name.removesuffix("." + wire.SERVICE_TYPE),
+            info.name.removesuffix("." + presence.service_type),
             ", ".join(addresses),
         )
         try:

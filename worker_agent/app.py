@@ -22,7 +22,12 @@ from worker_agent import hardware as machine
 from worker_agent import installed as environment
 from worker_agent.advertise import Presence, advertise
 from worker_agent.awake import Awake
+from worker_agent.certificate import Certificate
+from worker_agent.certificate import kept as kept_certificate
 from worker_agent.changes import Changes
+from worker_agent.cluster_key import ClusterKey
+from worker_agent.cluster_key import found as found_key
+from worker_agent.dialing import dial_all
 from worker_agent.engines.choice import (
     Choice,
     DoesNotFit,
@@ -33,11 +38,14 @@ from worker_agent.engines.choice import (
     choose_for,
     preferred_format,
 )
+from worker_agent.finding import found_balancers
+from worker_agent.gate import Gate
 from worker_agent.gateway import Gateway, GatewayPolicy
+from worker_agent.handshake import PLAIN
 from worker_agent.hardware import Hardware
 from worker_agent.hosts import Hosts, own_names
-from worker_agent.identity import identity
-from worker_agent.joining import join_all
+from worker_agent.identity import Identity, identity
+from worker_agent.joining import Joining
 from worker_agent.memory import MemoryNow, Pool, budget, held_bytes
 from worker_agent.models.catalog import Catalog, NotAModel, describe
 from worker_agent.models.downloads import (
@@ -57,7 +65,7 @@ from worker_agent.residents import Measure, Residents, ResidentsPolicy
 from worker_agent.server import ServerPolicy, listening
 from worker_agent.settings import ModelOptions, Settings, default_data_dir
 from worker_agent.shelf import Shelf
-from worker_agent.sources import Sources, parse_networks
+from worker_agent.sources import Sources, is_loopback, parse_networks
 from worker_agent.wire import EngineState, Report
 
 _LOG = logging.getLogger("worker_agent")
@@ -135,7 +143,7 @@ def _downloaded(settings: Settings) -> LocalModel | None:
 async def run(settings: Settings, *, exit_with_parent: bool = False) -> None:
     """Runs an agent until it is told to stop.
 
-    Raises `NoParent`, `NoChoice`, `NoIdentity` or `CannotListen` before anything runs.
+    Raises `NoParent`, `NoChoice`, `NoIdentity`, `FileFault` or `CannotListen` before anything runs.
     """
     if exit_with_parent:
         _insist_on_parent()
@@ -144,12 +152,29 @@ async def run(settings: Settings, *, exit_with_parent: bool = False) -> None:
         inspection = await inspect(settings)
         folder = settings.data_dir or default_data_dir()
         catalog = catalog_of(settings)
-        offers = await _offers(settings, inspection, catalog)
-        with identity(folder, settings.id) as agent_id:
+        given = None if settings.cluster_key is None else settings.cluster_key.get_secret_value()
+        key = await asyncio.to_thread(found_key, folder, given)
+        offers = await _offers(settings, inspection, catalog, key)
+        with identity(folder, settings.id) as who:
+            certificate = await asyncio.to_thread(kept_certificate, who.certificate) if settings.tls else None
             async with contextlib.AsyncExitStack() as stack:
                 if exit_with_parent:
                     await stack.enter_async_context(_parent(stop))
-                await _serve(settings, agent_id, inspection, catalog, offers, stop)
+                await _serve(settings, _Credentials(who, key, certificate), inspection, catalog, offers, stop)
+
+
+@dataclass(frozen=True, slots=True)
+class _Credentials:
+    """By which balancers know this agent."""
+
+    who: Identity
+    key: ClusterKey
+    certificate: Certificate | None
+    """None: it speaks no TLS."""
+
+    @property
+    def fingerprint(self) -> str:
+        return PLAIN if self.certificate is None else self.certificate.fingerprint
 
 
 def findings(settings: Settings, inspection: Inspection) -> dict[str, Any]:
@@ -211,7 +236,7 @@ class _Offers:
     """What to do where there is none at all."""
 
 
-async def _offers(settings: Settings, inspection: Inspection, catalog: Catalog) -> _Offers:
+async def _offers(settings: Settings, inspection: Inspection, catalog: Catalog, key: ClusterKey) -> _Offers:
     """Raises `NoChoice` where the user's own model cannot run, or there is nothing to run and nobody who may
     order anything."""
     choice = inspection.choice
@@ -220,7 +245,9 @@ async def _offers(settings: Settings, inspection: Inspection, catalog: Catalog) 
         pass  # who names models does not want the small one besides
     elif not isinstance(choice, NoChoice):
         main = await _main_offer(settings, inspection, choice)
-    elif settings.model is not None or settings.engine != "auto" or await _has_no_other(settings, catalog):
+    elif (
+        settings.model is not None or settings.engine != "auto" or await _has_no_other(settings, catalog, key)
+    ):
         raise choice
     given = [] if main is None else [main]
     missing = []
@@ -244,9 +271,9 @@ async def _offers(settings: Settings, inspection: Inspection, catalog: Catalog) 
     return _Offers(main, tuple(given), tuple(missing), downloaded, str(choice) if main is None else "")
 
 
-async def _has_no_other(settings: Settings, catalog: Catalog) -> bool:
+async def _has_no_other(settings: Settings, catalog: Catalog, key: ClusterKey) -> bool:
     """Nothing beside the main model can be served here, nor can anybody order anything."""
-    if settings.models or settings.cluster_key is not None:
+    if settings.models or key.value is not None:
         return False
     try:
         return not await asyncio.to_thread(catalog.scan)
@@ -385,8 +412,14 @@ def _least(one: Mapping[Pool, MemoryNow], other: Mapping[Pool, MemoryNow]) -> di
 
 
 async def _serve(
-    settings: Settings, agent_id: str, inspection: Inspection, catalog: Catalog, offers: _Offers, stop: Stop
+    settings: Settings,
+    credentials: _Credentials,
+    inspection: Inspection,
+    catalog: Catalog,
+    offers: _Offers,
+    stop: Stop,
 ) -> None:
+    agent_id, fingerprint = credentials.who.id, credentials.fingerprint
     choice, changes = inspection.choice, Changes()
     advice = () if isinstance(choice, NoChoice) else choice.advice
     if isinstance(choice, NoChoice):
@@ -428,28 +461,47 @@ async def _serve(
             memory_held_bytes=None if memory is None else memory[1],
         )
 
-    key = None if settings.cluster_key is None else settings.cluster_key.get_secret_value()
     policy = GatewayPolicy(
         sources=_sources(settings),
         hosts=Hosts([*own_names(socket.gethostname()), *settings.allow_hosts]),
         wait_seconds=settings.load_wait_seconds,
     )
-    gateway = Gateway(residents, report, changes, policy, Orders(shelf, agent_id, key).routes())
-    server = ServerPolicy.for_slots(residents.slots)
+    gate = Gate(agent_id, credentials.key, fingerprint, show=_show_on_terminal)
+    gateway = Gateway(residents, report, changes, gate, policy, Orders(shelf).routes())
+    bounds = ServerPolicy.for_slots(residents.slots)
+    tls = None if credentials.certificate is None else credentials.certificate.server_context()
     async with (
-        listening(gateway.application(), settings.host, settings.port, server) as port,
+        listening(gateway.application(), settings.host, settings.port, bounds, tls) as server,
         residents.running_engines(),
         downloads.running(),
         awake.running(),
     ):
         shown = f"[{settings.host}]" if ":" in settings.host else settings.host
-        _LOG.info("listening on http://%s:%d", shown, port)
-        beside = [
-            join_all(settings.balancers, wire.Join(id=agent_id, port=port)),
-            shelf.keep_looking(changes),
-        ]
+        _LOG.info("listening on %s://%s:%d", "http" if tls is None else "https", shown, server.port)
+        joining = Joining(wire.Join(id=agent_id, port=server.port))
+        beside = [shelf.keep_looking(changes), gate.show_codes()]
+        if settings.dial_out:
+            beside.append(dial_all(settings.balancers, agent_id, lambda: gate.tag, server))
+        else:
+            beside.append(joining.run(settings.balancers))
+        if settings.mdns and not settings.dial_out:
+            # Whoever is bound to this machine alone looks for balancers there only.
+            links = [settings.host] if is_loopback(settings.host) else None
+            beside.append(found_balancers(lambda: gate.tag, joining.found, links))
         if settings.mdns:
-            beside.append(advertise(Presence(agent_id, settings.host, port)))
+            beside.append(
+                advertise(
+                    lambda: Presence(
+                        wire.SERVICE_TYPE,
+                        wire.Announced(agent_id, gate.tag, fingerprint),
+                        settings.host,
+                        server.port,
+                    ),
+                    "balancers will not find this machine by themselves. Start it with `worker-agent join"
+                    " INVITATION`, as `balancer cluster invite` shows it, or name it in the balancer's"
+                    " workers file",
+                )
+            )
         if settings.spare:
             beside.append(pressure.run(changes.announce))
         if settings.keep_awake:
@@ -467,6 +519,13 @@ async def _serve(
         residents.hurry()
         await residents.stopped()
     _LOG.info("stopped")
+
+
+def _show_on_terminal(text: str) -> None:
+    """For whoever sits before this machine; elsewhere the log has it."""
+    if sys.stdout.isatty():
+        sys.stdout.write(f"\n    {text}\n\n")
+        sys.stdout.flush()
 
 
 async def _download_policy(settings: Settings, inspection: Inspection) -> DownloadPolicy:

@@ -1,5 +1,6 @@
 """What of this machine the network can reach: the engines' inference routes, relayed, and the report stream.
 
+All of it is for balancers that have met this agent (`gate`); strangers learn only whether it would serve.
 Engines stay on loopback behind keys of their own. A body is parsed here and sent on with the engine's own
 model name; bytes of the answer pass as they come. A request for a model that is not loaded waits for that
 before anything is answered, so that it can still be refused. A client that leaves takes its engine connection
@@ -25,15 +26,20 @@ from worker_agent.changes import Changes
 from worker_agent.continuation import is_begun
 from worker_agent.events import choices_of
 from worker_agent.exchange import Exchange, ExchangePolicy, Fault, Refused
+from worker_agent.gate import Gate
 from worker_agent.hosts import Hosts
 from worker_agent.plans import Plan
 from worker_agent.resident import Resident
+from worker_agent.server import is_dialled
 from worker_agent.sources import Sources
 from worker_agent.wire import EngineState, Report
 
 _CHAT_PATH, _COMPLETIONS_PATH, _ = wire.INFERENCE_PATHS
 _THREAD_FROM_BYTES = 1024 * 1024  # parsing so much would hold up every stream for some 10 ms
 _LONGEST_WAIT_SECONDS = 86_400.0
+_HEALTH_PATH = "/health"
+_OPEN = Gate.OPEN | {("GET", _HEALTH_PATH), ("HEAD", _HEALTH_PATH)}
+"""What is answered without a session."""
 _STOPPING = Fault("stopping", "this machine is about to stop: ask again")
 
 
@@ -84,13 +90,15 @@ class Gateway:
         models: Models,
         report: Callable[[], Report],
         changes: Changes,
+        gate: Gate,
         policy: GatewayPolicy | None = None,
         orders: Sequence[web.RouteDef] = (),
     ) -> None:
-        """`orders`: further routes, which see to it themselves who may use them."""
+        """`orders`: further routes, which are behind the gate as all are."""
         self._models = models
         self._report = report
         self._changes = changes
+        self._gate = gate
         self._policy = policy or GatewayPolicy()
         self._orders = orders
         self._held_bytes = 0
@@ -112,7 +120,8 @@ class Gateway:
         """Serve it with `handler_cancellation=True`: a client that leaves must end its handler."""
         app = web.Application(client_max_size=self._policy.body_bytes, middlewares=[self._answer_for_errors])
         app.add_routes([web.post(path, self._relay) for path in wire.INFERENCE_PATHS])
-        app.add_routes([web.get(wire.REPORT_PATH, self._tell_reports), web.get("/health", self._health)])
+        app.add_routes([web.get(wire.REPORT_PATH, self._tell_reports), web.get(_HEALTH_PATH, self._health)])
+        app.add_routes(self._gate.routes())
         app.add_routes(self._orders)
         return app
 
@@ -248,13 +257,14 @@ class Gateway:
         finally:
             self._streams -= 1
 
-    async def _health(self, _request: web.Request) -> web.Response:
-        """For people and their monitoring: 200 if a request would be served now."""
+    async def _health(self, request: web.Request) -> web.Response:
+        """For monitoring: 200 if a request would be served now. Strangers are told no more than that."""
         report = self._report()
         ready = report.state is EngineState.READY
-        return web.Response(
-            status=200 if ready else 503, body=report.to_line(), content_type="application/json"
-        )
+        body = report.to_line()
+        if not self._gate.has_met(request):
+            body = orjson.dumps({"status": "ok" if ready else report.state.value})
+        return web.Response(status=200 if ready else 503, body=body, content_type="application/json")
 
     # ... and around all of it.
 
@@ -264,6 +274,8 @@ class Gateway:
     ) -> web.StreamResponse:
         try:
             _insist_on_the_room(request, self._policy)
+            if _route(request) not in _OPEN:
+                self._gate.insist(request)
             return await handler(request)
         except Refused as refused:
             return refused.response()
@@ -277,7 +289,15 @@ class Gateway:
             return Refused(error.status, "http_error", error.reason).response()
 
 
+def _route(request: web.Request) -> tuple[str, str]:
+    """As it was registered, however its path was written; of what there is none for, an empty one."""
+    resource = request.match_info.route.resource
+    return request.method, "" if resource is None else resource.canonical
+
+
 def _insist_on_the_room(request: web.Request, policy: GatewayPolicy) -> None:
+    if is_dialled(request):
+        return  # we went there ourselves, so neither a stranger nor a web page can have led it here
     if not policy.hosts.admit(request.headers.get("Host")):
         raise Refused(
             403,

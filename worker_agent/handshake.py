@@ -1,31 +1,119 @@
-"""Proof that the sender of a request holds the cluster key, without sending it.
+"""How a balancer and an agent show each other that both hold the cluster key, without either sending it.
 
-The receiver gives out a nonce; the sender answers with an HMAC of the key over the nonce and everything that
-the request would do, so that a proof that is overheard is good for nothing else, and for no second time.
-`prove` and `Nonces` are pure: chance and time are arguments.
+The balancer, which connects, says hello with a nonce; the agent answers with one of its own. The balancer
+proves first, so that whoever merely connects gets nothing to guess at; then the agent proves. Both proofs are
+HMACs over everything that the two said and over the fingerprint of the agent's certificate, each as it sees
+that one: whoever sits in between with a certificate of his own has both fail. What comes out is a session, a
+secret that the balancer sends along with every request, inside of TLS to that same certificate.
+
+A new agent that was given no key shows a code instead. Whoever types it on the balancer has the two do the
+same handshake with a key made from the code, and the agent is then given the cluster's.
+
+Pure: chance and time are arguments.
 """
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 from collections import OrderedDict
-from hashlib import sha256
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from urllib.parse import quote, unquote
 
 NONCE_SECONDS = 30.0
 """For so long a nonce is good."""
 MAX_NONCES = 256
 """At once; the oldest is forgotten for one more."""
 LEAST_KEY_CHARACTERS = 16
+MOST_KEY_CHARACTERS = 512
+
+CODE_LETTERS = "23456789ABCDEFGHJKMNPQRSTUVWXYZ"
+"""Of the code that a new agent shows: none that is taken for another one when read aloud or typed."""
+CODE_LENGTH = 8
+"""About 40 bits. A guess costs a scrypt (16 MiB, some 50 ms) and the agent makes a new code after a few wrong
+ones or ten minutes, so that neither asking nor searching finds it in its time."""
+
+PLAIN = ""
+"""The fingerprint where there is no TLS."""
 
 
-def prove(key: str, nonce: str, agent_id: str, method: str, path: str, body: bytes) -> str:
-    """The value of `wire.PROOF_HEADER` for one request to the agent of that id.
+class Role(Enum):
+    """Who proves. Part of what is proved: else one's proof could be handed back to it."""
 
-    The id is proved too: else an agent that does not hold the key could hand on another one's nonce, and have
-    that one carry out what was meant for itself.
+    BALANCER = "balancer"
+    AGENT = "agent"
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """What both sides have said, as one of them saw it."""
+
+    balancer: str
+    """Its id."""
+    agent: str
+    """Its id."""
+    balancer_nonce: str
+    agent_nonce: str
+    fingerprint: str
+    """SHA-256 of the agent's certificate (DER) in lower-case hex, as the TLS connection has it; `PLAIN`."""
+    wire: int
+    """The version of the protocol."""
+
+    def proof(self, key: bytes, role: Role) -> str:
+        """That `role` holds the key; 64 hex digits."""
+        return _tagged(key, f"proof of the {role.value}", self._fields())
+
+    def session(self, key: bytes) -> str:
+        """The secret that both have from now on; 64 hex digits."""
+        return _tagged(key, "session", self._fields())
+
+    def _fields(self) -> tuple[str, ...]:
+        nonces = self.balancer_nonce, self.agent_nonce
+        return str(self.wire), self.balancer, self.agent, *nonces, self.fingerprint
+
+
+def is_proof(transcript: Transcript, key: bytes, role: Role, given: str) -> bool:
+    """Compared in a time that does not depend on what is equal."""
+    return hmac.compare_digest(transcript.proof(key, role).encode(), given.encode("utf-8", "surrogateescape"))
+
+
+def key_bytes(key: str) -> bytes:
+    """A cluster key as it is used for proofs."""
+    return key.encode("utf-8", "surrogateescape")
+
+
+def key_of_code(code: str, agent_id: str, fingerprint: str) -> bytes:
+    """The key that a code stands for, for this agent and no other; slow on purpose: not for the event loop.
+
+    Upper and lower case, hyphens and blanks make no difference.
     """
-    said = "\n".join(("llm-cluster-1", nonce, agent_id, method.upper(), path, sha256(body).hexdigest()))
-    return f"{nonce}:{hmac.new(key.encode(), said.encode(), sha256).hexdigest()}"
+    salt = hashlib.sha256("\0".join(("llm-cluster-code", agent_id, fingerprint)).encode()).digest()
+    return hashlib.scrypt(plain_code(code).encode(), salt=salt, n=2**14, r=8, p=1, dklen=32)
+
+
+def plain_code(code: str) -> str:
+    """A code as it was meant, however it was typed."""
+    return "".join(letter for letter in code.upper() if letter.isalnum())[: 2 * CODE_LENGTH]
+
+
+def shown_code(letters: str) -> str:
+    """`7KQ2-M9XD`."""
+    half = CODE_LENGTH // 2
+    return f"{letters[:half]}-{letters[half:]}"
+
+
+def cluster_tag(key: str) -> str:
+    """By which those who hold the key know each other's announcements; 16 hex digits, which tell nothing of
+    a key that was made by chance."""
+    return _tagged(key_bytes(key), "tag", ())[:16]
+
+
+def _tagged(key: bytes, purpose: str, fields: Sequence[str]) -> str:
+    # With its length before it, no field can run over into the next.
+    parts = (field.encode("utf-8", "surrogateescape") for field in ("llm-cluster-2", purpose, *fields))
+    return hmac.digest(key, b"".join(len(part).to_bytes(4, "big") + part for part in parts), "sha256").hex()
 
 
 class Nonces:
@@ -35,21 +123,49 @@ class Nonces:
         self._given: OrderedDict[str, float] = OrderedDict()
 
     def give(self, nonce: str, now: float) -> str:
-        """The nonce, which is now good for one proof. `nonce`: at least 128 bits of chance, as text without
-        a colon."""
+        """The nonce, which is now good for one proof. `nonce`: at least 128 bits of chance."""
         while len(self._given) >= MAX_NONCES:
             self._given.popitem(last=False)
         self._given[nonce] = now
         return nonce
 
-    def accepts(
-        self, key: str, header: str, agent_id: str, method: str, path: str, body: bytes, now: float
-    ) -> bool:
-        """Whether this is a proof for this request. Its nonce is used up, whatever the outcome."""
-        nonce, _, _ = header.partition(":")
+    def take(self, nonce: str, now: float) -> bool:
+        """Whether it was given out and is not too old. It is used up, whatever the outcome."""
         given = self._given.pop(nonce, None)
-        if given is None or now - given > NONCE_SECONDS:
-            return False
-        # Compared as bytes: a header may hold anything, and not in a time that depends on what is equal.
-        said = header.encode(errors="surrogateescape")
-        return hmac.compare_digest(prove(key, nonce, agent_id, method, path, body).encode(), said)
+        return given is not None and now - given <= NONCE_SECONDS
+
+
+# The line that is pasted on a new machine ...
+
+
+@dataclass(frozen=True, slots=True)
+class Invitation:
+    """What a machine needs to join: the key, and where the balancer is."""
+
+    key: str
+    balancers: tuple[str, ...]
+    """Each `host:port`, or with `https://` before it; none where they are found by mDNS."""
+
+    def __str__(self) -> str:
+        """`lb2.KEY.CHECK@192.168.1.10:4000`, one word for any shell."""
+        return f"lb2.{quote(self.key, safe='')}.{cluster_tag(self.key)[:8]}@{','.join(self.balancers)}"
+
+
+def is_invitation(text: str) -> bool:
+    """Whether it is meant to be one."""
+    return text.strip().startswith("lb2.")
+
+
+def parse_invitation(text: str) -> Invitation:
+    """Raises `ValueError` with a sentence for people, which holds nothing of the key."""
+    secret, at, places = text.strip().partition("@")
+    version, _, rest = secret.partition(".")
+    quoted, _, check = rest.rpartition(".")
+    key = unquote(quoted)
+    whole = version == "lb2" and at and LEAST_KEY_CHARACTERS <= len(key) <= MOST_KEY_CHARACTERS
+    if not whole or not hmac.compare_digest(check.encode(), cluster_tag(key)[:8].encode()):
+        raise ValueError(
+            "the invitation is not whole: copy all of it, from `lb2.` to the end of its line, as "
+            "`balancer cluster invite` shows it"
+        )
+    return Invitation(key, tuple(place for place in places.split(",") if place))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import re
 import secrets
 import socket
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 _AGENTS_PER_FOLDER = 16
@@ -18,6 +20,16 @@ class NoIdentity(Exception):
     """The data folder cannot be used; the sentence says why."""
 
 
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """An agent of this machine."""
+
+    id: str
+    """Unique in the room."""
+    certificate: Path
+    """Where its own certificate is kept."""
+
+
 def made_id(hostname: str, token: str) -> str:
     """`studio-3fa9` for `Studio.local`. Pure; the token keeps two machines of one name apart."""
     short = re.sub(r"[^a-z0-9]+", "-", hostname.partition(".")[0].lower()).strip("-")[:48]
@@ -25,8 +37,8 @@ def made_id(hostname: str, token: str) -> str:
 
 
 @contextlib.contextmanager
-def identity(folder: Path, given: str | None = None) -> Iterator[str]:
-    """The agent's id while the block lasts; `given` is used as it is.
+def identity(folder: Path, given: str | None = None) -> Iterator[Identity]:
+    """The agent's while the block lasts; a `given` id is used as it is.
 
     Kept in `folder` as `agent-1.id`, the next agent on this machine as `agent-2.id` and so on: each holds a
     lock on its file while it runs, and takes the first that is free. One whose id is given holds one on the
@@ -34,17 +46,17 @@ def identity(folder: Path, given: str | None = None) -> Iterator[str]:
     """
     if given is not None:
         with _in_use(folder):
-            yield given
+            yield Identity(given, folder / f"agent-{hashlib.sha256(given.encode()).hexdigest()[:12]}.pem")
         return
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor = _first_free(folder)
+        descriptor, number = _first_free(folder)
     except OSError as error:
         raise NoIdentity(
             f"cannot keep this agent's id in {folder}: {error.strerror}; give --data-dir or --id"
         ) from None
     try:
-        yield _kept(descriptor)
+        yield Identity(_kept(descriptor), folder / f"agent-{number}.pem")
     finally:
         os.close(descriptor)  # which gives the lock back
 
@@ -60,7 +72,8 @@ def _in_use(folder: Path) -> Iterator[None]:
         yield
 
 
-def _first_free(folder: Path) -> int:
+def _first_free(folder: Path) -> tuple[int, int]:
+    """Its file, locked, and its number."""
     for number in range(1, _AGENTS_PER_FOLDER + 1):
         descriptor = os.open(folder / f"agent-{number}.id", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -68,7 +81,7 @@ def _first_free(folder: Path) -> int:
         except BlockingIOError:
             os.close(descriptor)
         else:
-            return descriptor
+            return descriptor, number
     raise NoIdentity(f"{_AGENTS_PER_FOLDER} agents run from {folder} already; give --data-dir or --id")
 
 

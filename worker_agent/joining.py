@@ -1,4 +1,4 @@
-"""Tells balancers by address that an agent is here: for networks where multicast does not pass."""
+"""Tells balancers by address that an agent is here, so that they come to meet it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ _ANSWER_SECONDS = 5.0
 _FIRST_REST_SECONDS = 1.0
 _REFUSAL_BYTES = 4096  # of an answer that says no; who answers may be anything
 _REFUSAL_CHARACTERS = 300
+MOST_FOUND = 8
+"""Balancers that are joined without having been named."""
 
 
 def rest_seconds(failures: int) -> float:
@@ -25,32 +27,68 @@ def rest_seconds(failures: int) -> float:
     return float(min(wire.JOIN_INTERVAL_SECONDS, _FIRST_REST_SECONDS * 2 ** min(failures - 1, 10)))
 
 
-async def join_all(balancers: Sequence[str], join: wire.Join) -> None:
-    """Keeps joining each of them until cancelled; says so in the log when that begins to work or to fail."""
-    timeout = aiohttp.ClientTimeout(total=_ANSWER_SECONDS)
-    async with (
-        aiohttp.ClientSession(
-            timeout=timeout, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False
-        ) as session,
-        asyncio.TaskGroup() as tasks,
-    ):
-        for url in balancers:
-            tasks.create_task(_keep_joining(session, url.rstrip("/"), join), name=f"join {url}")
+class Joining:
+    """Keeps joining balancers; says so in the log when that begins to work or to fail."""
 
+    def __init__(self, join: wire.Join) -> None:
+        self._join = join
+        self._named: tuple[str, ...] = ()
+        self._found: dict[str, asyncio.Event] = {}
+        self._changed = asyncio.Event()
 
-async def _keep_joining(session: aiohttp.ClientSession, url: str, join: wire.Join) -> None:
-    failures = 0
-    known: str | None = None  # what the log said last
-    while True:
-        trouble = await _join(session, url, join)
-        failures = failures + 1 if trouble else 0
-        if trouble != known:
-            known = trouble
+    def found(self, url: str) -> None:
+        """A balancer was found at this URL: it is joined beside those that were named. No more than a few
+        are; one that does not answer makes room for another."""
+        url = url.rstrip("/")
+        if url in self._named or url in self._found:
+            return
+        if len(self._found) >= MOST_FOUND:
+            failing = next((url for url, failed in self._found.items() if failed.is_set()), None)
+            if failing is None:
+                return
+            del self._found[failing]
+        self._found[url] = asyncio.Event()
+        self._changed.set()
+
+    async def run(self, named: Sequence[str]) -> None:
+        """Joins these and those that are found, until cancelled."""
+        self._named = tuple(url.rstrip("/") for url in named)
+        timeout = aiohttp.ClientTimeout(total=_ANSWER_SECONDS)
+        async with (
+            aiohttp.ClientSession(
+                timeout=timeout, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False
+            ) as session,
+            asyncio.TaskGroup() as tasks,
+        ):
+            for url in self._named:
+                tasks.create_task(self._keep(session, url, asyncio.Event()), name=f"join {url}")
+            joined: dict[str, asyncio.Task[None]] = {}
+            while True:
+                for url in joined.keys() - self._found.keys():
+                    joined.pop(url).cancel()
+                for url in self._found.keys() - joined.keys():
+                    keeping = self._keep(session, url, self._found[url])
+                    joined[url] = tasks.create_task(keeping, name=f"join {url}")
+                self._changed.clear()
+                await self._changed.wait()
+
+    async def _keep(self, session: aiohttp.ClientSession, url: str, failed: asyncio.Event) -> None:
+        failures = 0
+        known: str | None = None  # what the log said last
+        while True:
+            trouble = await _join(session, url, self._join)
+            failures = failures + 1 if trouble else 0
             if trouble:
-                _LOG.warning("cannot join %s: %s; trying on", url, trouble)
+                failed.set()
             else:
-                _LOG.info("joined %s", url)
-        await asyncio.sleep(rest_seconds(failures))
+                failed.clear()
+            if trouble != known:
+                known = trouble
+                if trouble:
+                    _LOG.warning("cannot join %s: %s; trying on", url, trouble)
+                else:
+                    _LOG.info("joined %s", url)
+            await asyncio.sleep(rest_seconds(failures))
 
 
 async def _join(session: aiohttp.ClientSession, url: str, join: wire.Join) -> str:
@@ -61,6 +99,8 @@ async def _join(session: aiohttp.ClientSession, url: str, join: wire.Join) -> st
             data=join.model_dump_json(),
             headers={"Content-Type": "application/json", "Accept-Encoding": "identity"},
             allow_redirects=False,
+            # Nothing in it is secret, and whoever answers must still prove himself when he comes to meet us.
+            ssl=False,
         ) as answer:
             if answer.status < 300:
                 return ""

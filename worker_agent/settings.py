@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-import orjson
 from pydantic import (
     AfterValidator,
     AliasChoices,
@@ -32,7 +31,21 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from worker_agent.handshake import LEAST_KEY_CHARACTERS
+from worker_agent.forgiving_json import (
+    Complaint,
+    ConfigFaults,
+    Fault,
+    Node,
+    Object,
+    find,
+    is_key,
+    place_of,
+    plain,
+    read_text,
+    tree,
+)
+from worker_agent.handshake import LEAST_KEY_CHARACTERS, MOST_KEY_CHARACTERS
+from worker_agent.log_format import LogFormat
 from worker_agent.sources import Network, parse_networks
 from worker_agent.wire import DEFAULT_AGENT_PORT, Word
 
@@ -139,10 +152,17 @@ class Settings(BaseSettings):
     """Of the memory that is really free for models, what they may take."""
     hub_token_file: Path | None = None
     """Holds the token for the hub; else HF_TOKEN or what `hf auth login` has kept."""
-    cluster_key: SecretStr | None = Field(default=None, min_length=LEAST_KEY_CHARACTERS)
-    """Shared with the balancers that may load, fetch and delete models here; None: nobody may."""
+    cluster_key: SecretStr | None = Field(
+        default=None, min_length=LEAST_KEY_CHARACTERS, max_length=MOST_KEY_CHARACTERS
+    )
+    """Shared with the balancers that may use this machine; None: `cluster_key` in `data_dir`, and where there
+    is none, the agent waits until somebody approves it on the balancer."""
     cluster_key_file: Path | None = None
     """Holds it, in place of `cluster_key`."""
+    tls: bool = True
+    """Speak TLS, with a certificate of our own making that balancers remember."""
+    dial_out: bool = False
+    """Open the connections to `balancers` from here, for a machine that they cannot reach."""
     keep_awake: bool = True
     """Keep the machine from sleeping while requests run."""
     spare: bool = True
@@ -162,11 +182,13 @@ class Settings(BaseSettings):
         Literal["debug", "info", "warning", "error"], BeforeValidator(lambda level: str(level).lower())
     ] = Field(default="info", validation_alias=AliasChoices("WORKER_AGENT_LOG_LEVEL", "log_level"))
     """Also read from LOG_LEVEL."""
+    log_format: LogFormat = "text"
+    """text: lines for people. json: one object in each line, for programs."""
 
 
 def load(config: Path | None, flags: Mapping[str, object]) -> Settings:
     """The settings from all layers; a flag that is None was not given. Raises `SettingsError`."""
-    from_file = None if config is None else _read(config)
+    from_file, root = (None, None) if config is None else _read(config)
 
     class Layers(Settings):
         @classmethod
@@ -187,7 +209,10 @@ def load(config: Path | None, flags: Mapping[str, object]) -> Settings:
         return _with_cluster_key(Layers(**given))  # type: ignore[arg-type]
     except ValidationError as error:
         faults = error.errors(include_input=False, include_url=False)
-        lines = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in faults)
+        lines = []
+        for fault in faults:
+            place = _where(config, root, fault["loc"], tuple(given))
+            lines.append(f"{place}{'.'.join(map(str, fault['loc']))}: {fault['msg']}")
         raise SettingsError("\n".join(lines)) from None
 
 
@@ -201,27 +226,49 @@ def _with_cluster_key(settings: Settings) -> Settings:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no text"
         raise SettingsError(f"cluster_key_file: {file} cannot be read: {reason}") from None
-    if len(key) < LEAST_KEY_CHARACTERS:
-        raise SettingsError(f"cluster_key_file: {file} must hold at least {LEAST_KEY_CHARACTERS} characters")
+    if not LEAST_KEY_CHARACTERS <= len(key) <= MOST_KEY_CHARACTERS:
+        raise SettingsError(
+            f"cluster_key_file: {file} must hold {LEAST_KEY_CHARACTERS} to {MOST_KEY_CHARACTERS} characters"
+        )
     return settings.model_copy(update={"cluster_key": SecretStr(key)})
 
 
-def _read(config: Path) -> dict[str, Any]:
-    """What the file sets. Raises `SettingsError` for one that cannot be read, or sets what is no setting."""
+def _read(config: Path) -> tuple[dict[str, Any], Node]:
+    """What the file sets, and where. Raises `SettingsError` for one that cannot be read, or sets what is no
+    setting."""
     if not config.is_file():
         raise SettingsError(f"there is no file {config}")
     try:
-        found = orjson.loads(config.read_bytes())
-    except OSError as error:
-        raise SettingsError(f"{config} cannot be read: {error.strerror or type(error).__name__}") from None
-    except orjson.JSONDecodeError as error:  # says line and column
-        raise SettingsError(f"{config}: {error}") from None
-    if not isinstance(found, dict):
-        raise SettingsError(f'{config}: expected an object in {{ }}, with settings such as "port"')
+        text = read_text(config)
+    except ConfigFaults as error:
+        raise SettingsError(str(error)) from None
+    complaints: list[Complaint] = []
+    root = tree(text, complaints, instead='{"port": 4100}')
+    found = None if root is None else plain(root, complaints)
+    if root is not None and not isinstance(found, dict):
+        complaints.append((place_of(root.token), 'expected an object in { }, with settings such as "port"'))
     known = list(Settings.model_fields)
-    if unknown := [key for key in found if key not in known]:
-        raise SettingsError("\n".join(f"{config}: {_no_setting(key, known)}" for key in unknown))
-    return found
+    if root is not None and isinstance(found, dict):
+        complaints += [
+            (find(root, (key,), key=True), _no_setting(key, known)) for key in found if key not in known
+        ]
+    if root is None or not isinstance(found, dict) or complaints:
+        raise SettingsError(
+            str(ConfigFaults([Fault(str(config), place, told) for place, told in sorted(complaints)]))
+        )
+    return found, root
+
+
+def _where(config: Path | None, root: Node | None, loc: tuple[str | int, ...], given: Sequence[str]) -> str:
+    """The place of a value, as the beginning of a line; empty where it does not come from the file."""
+    if config is None or not isinstance(root, Object) or not loc:
+        return ""
+    name = "log_level" if loc[0] == f"{PREFIX}LOG_LEVEL" else str(loc[0])
+    in_file = any(is_key(token, name) for token, _ in root.members)
+    if not in_file or name in given or os.environ.get(PREFIX + name.upper()):
+        return ""
+    place = find(root, (name, *loc[1:]), key=False)
+    return f"{config}:{place.line}:{place.column}: "
 
 
 def _no_setting(key: str, known: Sequence[str]) -> str:

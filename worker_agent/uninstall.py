@@ -23,6 +23,8 @@ from worker_agent.keepers import Machine, ServiceError, this_machine
 from worker_agent.settings import SettingsError, default_data_dir, load
 
 _ID = re.compile(r"agent-\d{1,2}\.id")
+_SECRET = re.compile(r"\.?(cluster_key|agent-[0-9a-f]{1,12}\.pem)(\.[0-9a-f]{16})?")
+"""The key of the room, the agent's certificate, and what a crash left of either while it was written."""
 _FOLDERS = ("models", "logs")
 _OF_FILE_BROWSERS = (".DS_Store", ".directory")
 _MANIFEST = "model.json"
@@ -91,7 +93,7 @@ def examine(folder: Path, *, uid: int) -> Contents:
 
 
 def _is_known(name: str) -> bool:
-    return _ID.fullmatch(name) is not None or name in (*_FOLDERS, *_OF_FILE_BROWSERS)
+    return any(kind.fullmatch(name) for kind in (_ID, _SECRET)) or name in (*_FOLDERS, *_OF_FILE_BROWSERS)
 
 
 def _measure(folder: Path, device: int) -> tuple[int, int]:

@@ -10,14 +10,16 @@ Pure: bytes and mappings in, values out.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, TypeVar
 
 import orjson
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 """Raised when an older peer could misread a message; peers of another version are refused by name."""
 
 SERVICE_TYPE = "_llm-worker._tcp.local."
@@ -26,8 +28,34 @@ SERVICE_TYPE = "_llm-worker._tcp.local."
 REPORT_PATH = "/agent/v1/report"
 """On the agent: one long-lived answer, a `Report` as JSON per line, at least one a second."""
 
+BALANCER_SERVICE_TYPE = "_llm-balancer._tcp.local."
+"""mDNS service type of a balancer, for agents that join."""
+
 JOIN_PATH = "/cluster/v1/join"
-"""On the balancer: an agent posts a `Join` and is watched from then on."""
+"""On the balancer: an agent posts a `Join`, and the balancer comes to meet it (`HELLO_PATH`)."""
+
+TUNNEL_PATH = "/cluster/v1/tunnel"
+"""On the balancer: an agent that cannot be reached opens a connection itself, by a GET with `Upgrade:
+llm-tunnel`, `X-Cluster-Agent: ID` and `X-Cluster-Tag: TAG`. After the answer 101 the parts are changed: the
+balancer speaks on it as it would on a connection of its own, TLS first, and the agent serves."""
+TUNNEL_PROTOCOL = "llm-tunnel"
+AGENT_HEADER = "X-Cluster-Agent"
+TAG_HEADER = "X-Cluster-Tag"
+SPARE_TUNNELS = 4
+"""Connections without a request that an agent keeps open at each balancer."""
+
+HELLO_PATH = "/agent/v1/hello"
+"""On the agent: POST of a `Hello`, answered with a `HelloAnswer`. The first half of the handshake."""
+PROVE_PATH = "/agent/v1/prove"
+"""On the agent: POST of a `Proof`, answered with a `ProofAnswer`, or 403 with a sentence."""
+SESSION_HEADER = "X-Cluster-Session"
+"""The secret of `handshake.Transcript.session`, with every further request to the agent. An agent that does
+not know it (it was started again) answers 401 with code `session_unknown`, before anything else is looked
+at: then the two must meet again."""
+SESSION_UNKNOWN = "session_unknown"
+KEY_PATH = "/agent/v1/cluster-key"
+"""On the agent, within a session: POST of a `NewKey`, answered with 204: the cluster's key is this from now
+on. All sessions but this one end."""
 
 REPORT_INTERVAL_SECONDS = 1.0
 REPORT_GAP_SECONDS = 0.05
@@ -55,14 +83,9 @@ header it waits as long as its own settings say."""
 DEFAULT_AGENT_PORT = 4100
 
 MODELS_PATH = "/agent/v1/models"
-"""On the agent, behind the cluster key: GET lists what it has (`ModelList`); POST of a `ModelOrder` to
-`/load`, `/unload`, `/delete`, `/download` or `/cancel` below it does that. Load and download answer 202 at
-once, and the reports tell how it goes."""
-CHALLENGE_PATH = "/agent/v1/challenge"
-"""POST: a nonce for one proof (`handshake`), as `{"nonce": "...", "id": "..."}`. The id is the agent's, for
-people's scripts; a balancer proves for the id by which it knows the agent."""
-PROOF_HEADER = "X-Cluster-Proof"
-"""`<nonce>:<proof>`: that the sender holds the cluster key, for this one request."""
+"""On the agent, within a session: GET lists what it has (`ModelList`); POST of a `ModelOrder` to `/load`,
+`/unload`, `/delete`, `/download` or `/cancel` below it does that. Load and download answer 202 at once, and
+the reports tell how it goes."""
 
 INFERENCE_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 """What an agent relays to its engine. Nothing else of an engine is reachable from the network."""
@@ -223,6 +246,61 @@ class Join(_Message):
     """Where the agent listens, on the address from which this message comes."""
 
 
+Nonce = Annotated[str, Field(min_length=22, max_length=128), AfterValidator(_printable)]
+"""At least 128 bits of chance, as text."""
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Hello(_Message):
+    """A balancer wants to know an agent."""
+
+    wire: int = WIRE_VERSION
+    balancer: Word
+    """Its id."""
+    nonce: Nonce
+
+
+class ProvenBy(StrEnum):
+    """What an agent wants to be shown."""
+
+    KEY = "key"
+    """The cluster key."""
+    CODE = "code"
+    """It has none, and shows a code to whoever sits before it."""
+
+
+class HelloAnswer(_Message):
+    """Who the agent is."""
+
+    wire: int = WIRE_VERSION
+    id: Word
+    nonce: Nonce
+    by: ProvenBy = ProvenBy.KEY
+
+
+class Proof(_Message):
+    """The balancer's half of the handshake."""
+
+    wire: int = WIRE_VERSION
+    balancer: Word
+    nonce: Nonce
+    """The balancer's own, as in its `Hello`."""
+    agent_nonce: Nonce
+    proof: Digest
+
+
+class ProofAnswer(_Message):
+    """The agent's."""
+
+    proof: Digest
+
+
+class NewKey(_Message):
+    """The cluster's key from now on."""
+
+    key: Annotated[str, Field(min_length=16, max_length=512), AfterValidator(_printable)]
+
+
 class ModelOrder(_Message):
     """What a balancer wants done with one model of an agent's."""
 
@@ -262,23 +340,64 @@ def parse_join(body: bytes) -> Join:
     return _parse(Join, body)
 
 
-def txt_record(agent_id: str) -> dict[str, str]:
-    """What an agent's mDNS record says beside address and port; each string within RFC 6763's 255 bytes."""
-    return {"v": str(WIRE_VERSION), "id": agent_id}
+def parse_hello(body: bytes) -> Hello:
+    """Raises `WireError`."""
+    return _parse(Hello, body)
 
 
-def parse_txt(properties: Mapping[bytes, bytes | None]) -> str:
-    """The agent's id from its TXT record.
+def parse_hello_answer(body: bytes) -> HelloAnswer:
+    """Raises `WireError`."""
+    return _parse(HelloAnswer, body)
 
-    Raises `WireError` for a record of another version, or one without a usable id.
-    """
+
+def parse_proof(body: bytes) -> Proof:
+    """Raises `WireError`."""
+    return _parse(Proof, body)
+
+
+def parse_proof_answer(body: bytes) -> ProofAnswer:
+    """Raises `WireError`."""
+    return _parse(ProofAnswer, body)
+
+
+def parse_new_key(body: bytes) -> NewKey:
+    """Raises `WireError`."""
+    return _parse(NewKey, body)
+
+
+@dataclass(frozen=True, slots=True)
+class Announced:
+    """What an mDNS record says beside address and port. Anybody may say anything: a hint, no identity."""
+
+    id: str
+    """Of the agent, or of the balancer."""
+    tag: str = ""
+    """`handshake.cluster_tag` of the key that it holds; empty: none yet."""
+    fingerprint: str = ""
+    """Of an agent's certificate; empty: it does not say."""
+
+
+def txt_record(announced: Announced) -> dict[str, str]:
+    """As DNS-SD properties; each string within RFC 6763's 255 bytes."""
+    record = {"v": str(WIRE_VERSION), "id": announced.id, "c": announced.tag, "fp": announced.fingerprint}
+    return {name: value for name, value in record.items() if value}
+
+
+def parse_txt(properties: Mapping[bytes, bytes | None]) -> Announced:
+    """Raises `WireError` for a record of another version, or one without a usable id."""
     version = _text(properties.get(b"v"))
     if version != str(WIRE_VERSION):
-        raise WireError(f"its record speaks wire version {version or 'unknown'}, this side {WIRE_VERSION}")
-    agent_id = _text(properties.get(b"id"))
-    if not agent_id or len(agent_id) > 128 or not agent_id.isprintable():
+        shown = version if version.isalnum() and len(version) <= 8 else "unknown"
+        raise WireError(f"its record speaks wire version {shown}, this side {WIRE_VERSION}")
+    named = _text(properties.get(b"id"))
+    if not named or len(named) > 128 or not named.isprintable():
         raise WireError("its record has no usable id")
-    return agent_id
+    tag, fingerprint = _text(properties.get(b"c")), _text(properties.get(b"fp"))
+    return Announced(
+        named,
+        tag if re.fullmatch(r"[0-9a-f]{16}", tag) else "",
+        fingerprint if re.fullmatch(r"[0-9a-f]{64}", fingerprint) else "",
+    )
 
 
 def _text(value: bytes | None) -> str:

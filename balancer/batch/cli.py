@@ -19,7 +19,9 @@ from balancer.batch.papers import PaperFault
 from balancer.batch.presets import Preset, PresetError, Shelf, own_folder, read
 from balancer.batch.report import Row, found_in
 from balancer.batch.run import JOURNAL, RESULTS, Job, Run
-from balancer.config_file import ConfigFaults, ConfigFile
+from balancer.config_file import ConfigFile
+from balancer.reached import NotTrusted, reach
+from worker_agent.forgiving_json import ConfigFaults
 
 SOME_FAILED, CANNOT_RUN, INTERRUPTED = 1, 2, 130
 
@@ -96,7 +98,7 @@ def run(
             err=True,
         )
         raise typer.Exit(INTERRUPTED) from None
-    except (ConfigFaults, PresetError, PaperFault, EndpointError, JournalError) as error:
+    except (ConfigFaults, PresetError, PaperFault, EndpointError, JournalError, NotTrusted) as error:
         _stop(str(error))
     except OSError as error:
         _stop(f"{error}. Every answer so far is kept; run again when this is put right.")
@@ -115,7 +117,8 @@ async def _run(
     papers_at_once: int,
     requests_at_once: int,
 ) -> tuple[Row, ...]:
-    async with client.connected(url, api_key=api_key) as endpoint:
+    reached = await asyncio.to_thread(reach, client.root_of(url))
+    async with client.connected(reached.root, api_key=api_key, tls=reached.tls) as endpoint:
         job = Job(
             papers=meant,
             preset=preset,

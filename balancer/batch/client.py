@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import random
+import ssl
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -155,16 +156,20 @@ def root_of(url: str) -> str:
 
 @asynccontextmanager
 async def connected(
-    url: str, *, api_key: str | None = None, patience: Patience | None = None
+    url: str,
+    *,
+    api_key: str | None = None,
+    patience: Patience | None = None,
+    tls: ssl.SSLContext | bool = True,
 ) -> AsyncIterator[Endpoint]:
-    """An endpoint to ask, for as long as the block lasts."""
+    """An endpoint to ask, for as long as the block lasts. `tls`: whom to trust, as aiohttp takes it."""
     patience = patience or Patience()
     headers = {"X-Priority": "batch"}  # who sits before a screen goes first
     if api_key:
         headers["Authorization"] = f"Bearer {api_key}"
     timeout = aiohttp.ClientTimeout(total=patience.total_seconds, sock_connect=patience.connect_seconds)
     # The run limits what is in flight; a second limit here would only count waiting as answering.
-    connector = aiohttp.TCPConnector(limit=0)
+    connector = aiohttp.TCPConnector(limit=0, ssl=tls)
     async with aiohttp.ClientSession(headers=headers, timeout=timeout, connector=connector) as session:
         yield Endpoint(root_of(url), session, patience)
 

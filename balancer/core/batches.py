@@ -331,6 +331,11 @@ class Planner:
         self._declined: dict[tuple[Service, WorkerId], tuple[Horizon, int]] = {}
         """Who can't finish any new paper in time: as of which horizon, and which state of the worker."""
 
+    def adopt(self, policy: BatchPolicy) -> None:
+        """Plan by it from now on."""
+        self._policy = policy
+        self._declined.clear()
+
     def has_chats(self, member: Member, now: float) -> bool:
         """People have used it of late, and will again."""
         return now - member.last_chat < self._policy.active_seconds

@@ -93,6 +93,12 @@ class Chooser:
             return self._choose_by_estimate(ask, members, excluded, now, also, queued)
         return self._choose_by_scores(ask, members, excluded, now)
 
+    def adopt(self, placing: PlacementPolicy) -> None:
+        """Choose by it from now on."""
+        self._placing = placing
+        self._weights = placing.effective_weights()
+        self.forget_shortlists()
+
     def forget_shortlists(self) -> None:
         self._shortlists.clear()
 

@@ -151,6 +151,10 @@ class Snapshot:
     models: Mapping[ModelName, tuple[ModelOffer, ...]]
 
 
+def _asks_per_hedge(hedge: HedgePolicy | None) -> int:
+    return ceil(1 / hedge.share) if hedge is not None and hedge.share > 0 else 0
+
+
 class Dispatcher:
     def __init__(self, policy: DispatchPolicy, chance: Chance, *, started: float) -> None:
         self._policy = policy
@@ -170,7 +174,7 @@ class Dispatcher:
         self._copies: dict[Ticket, Ticket] = {}
         """Of an ask that runs twice: by the first attempt's ticket the second's."""
         self._hedge = policy.hedge
-        self._asks_per_hedge = ceil(1 / policy.hedge.share) if policy.hedge and policy.hedge.share > 0 else 0
+        self._asks_per_hedge = _asks_per_hedge(policy.hedge)
         self._unhedged = 0
         """Chats that were given a worker and have not paid for a copy."""
         self._papers: dict[Ticket, Group] = {}
@@ -188,6 +192,23 @@ class Dispatcher:
         """Measurements that somebody's request would have to wait for."""
         self._waits: dict[tuple[Service, str | None, Reach], tuple[float, float]] = {}
         """When it was measured, and what `_seconds_each` was."""
+
+    def adopt(self, policy: DispatchPolicy) -> None:
+        """Decide by another policy from the next event on. Who waits or runs goes on doing so, and nothing
+        that was learned is forgotten; breakers and the time to settle stay as they were made.
+
+        Raises `ValueError` for a placement that estimates where the present one does not, or the other way
+        round: what waits in one's line means nothing to the other."""
+        if policy.placement.policy.estimates != self._estimates:
+            raise ValueError("a policy that estimates and one that does not cannot take over from each other")
+        self._policy = policy
+        self._placing = policy.placement
+        self._line.max_waiting = policy.admission.max_waiting
+        self._plain_batch.max_waiting = policy.admission.max_waiting_batch
+        self._planner.adopt(policy.batch)
+        self._chooser.adopt(policy.placement)
+        self._hedge = policy.hedge
+        self._asks_per_hedge = _asks_per_hedge(policy.hedge)
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """What follows from an event, to be performed in order. `now`: seconds, never less than before."""

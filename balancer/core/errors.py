@@ -22,6 +22,8 @@ class RequestError(Exception):
     """Seconds after which a new try has a fair chance; None: trying again changes nothing."""
     more: Mapping[str, object] = MappingProxyType({})
     """What the error says besides, under keys of its own."""
+    headers: Mapping[str, str] = MappingProxyType({})
+    """What the head of its answer says besides."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)

@@ -29,6 +29,8 @@ STOP_SECONDS = 15.0
 POLL_SECONDS = 0.05
 LONG_SECONDS = 3600
 """Of a request's limits: the slowest policy's answers count too."""
+_KEY = "the-cluster-key-of-a-benchmark"
+SHARED_KEY = {"BALANCER_CLUSTER_KEY": _KEY, "WORKER_AGENT_CLUSTER_KEY": _KEY}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +145,7 @@ async def _started(words: Sequence[str], log: Path) -> AsyncIterator[Started]:
             stdin=asyncio.subprocess.PIPE,
             stdout=file,
             stderr=file,
+            env=os.environ | SHARED_KEY,
             start_new_session=True,
         )
     try:

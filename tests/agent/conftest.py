@@ -16,11 +16,12 @@ from queue import Queue
 import psutil
 import pytest
 
+from agent.meeting import KEY, meet_process
 from agent.scenes import alive, wait_until
 
 MODEL = "smollm2-135m-instruct"
 _RUNNER = "worker_agent.engines.llama_cpp_runner"
-_LISTENING = re.compile(r"listening on http://127\.0\.0\.1:(\d+)$")
+_LISTENING = re.compile(r"listening on https://127\.0\.0\.1:(\d+)$")
 
 
 @dataclass
@@ -35,7 +36,8 @@ class RunningAgent:
         threading.Thread(target=self._read, daemon=True).start()
         port = self._ports.get(timeout=30)
         assert port is not None, "\n".join(self.log)
-        self.url = f"http://127.0.0.1:{port}"
+        self.port = port
+        self.url = f"https://127.0.0.1:{port}"
 
     def _read(self) -> None:
         assert self.process.stderr is not None
@@ -85,9 +87,12 @@ def start_agent(data_dir: Path, more: Sequence[str] = (), stdin: int = subproces
         *("--data-dir", str(data_dir), "--log-level", "debug", *more),
     ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WORKER_AGENT_")}
-    return RunningAgent(
+    environment["WORKER_AGENT_CLUSTER_KEY"] = KEY
+    agent = RunningAgent(
         subprocess.Popen(command, stdin=stdin, stderr=subprocess.PIPE, text=True, env=environment)
     )
+    meet_process(agent.port)
+    return agent
 
 
 def end_agent(agent: RunningAgent) -> None:

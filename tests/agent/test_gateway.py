@@ -14,6 +14,7 @@ import orjson
 import pytest
 from aiohttp import web
 
+from agent.meeting import OpenGate
 from agent.scenes import OneModel, fake_plan, until
 from worker_agent import wire
 from worker_agent.changes import Changes
@@ -187,7 +188,7 @@ async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
             exchange=ExchangePolicy(answer_bytes=2**22),
         )
         resident = Resident(backend, changes, connect_seconds=0.5)
-        gateway = Gateway(OneModel(resident), report, changes, policy)
+        gateway = Gateway(OneModel(resident), report, changes, OpenGate(), policy)
         async with (
             resident.connected(),
             served(gateway.application()) as port,

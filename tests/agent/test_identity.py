@@ -19,14 +19,17 @@ def test_an_agent_is_the_same_after_a_restart(tmp_path: Path) -> None:
 
 def test_two_agents_of_one_machine_are_two_and_stay_so(tmp_path: Path) -> None:
     with identity(tmp_path) as first, identity(tmp_path) as second:
-        assert first != second
+        assert first.id != second.id
+        assert first.certificate != second.certificate
     with identity(tmp_path) as first_again, identity(tmp_path) as second_again:
         assert (first_again, second_again) == (first, second)
 
 
 def test_a_given_id_is_used_and_nothing_is_kept(tmp_path: Path) -> None:
-    with identity(tmp_path, "mine") as agent_id:
-        assert agent_id == "mine"
+    with identity(tmp_path, "mine") as who, identity(tmp_path, "yours") as other:
+        assert who.id == "mine"
+        assert who.certificate.parent == tmp_path
+        assert who.certificate != other.certificate
     assert list(tmp_path.iterdir()) == []
 
 

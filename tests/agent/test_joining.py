@@ -4,13 +4,14 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 from aiohttp import web
 
 from agent.scenes import until
-from worker_agent import wire
-from worker_agent.joining import join_all, refusal, rest_seconds
+from worker_agent import certificate, wire
+from worker_agent.joining import MOST_FOUND, Joining, refusal, rest_seconds
 from worker_agent.readiness import free_port
 
 JOIN = wire.Join(id="studio-1a2b", port=4100)
@@ -34,7 +35,7 @@ async def test_a_balancer_that_comes_up_later_is_joined_and_the_log_says_each_ch
     app.router.add_post(wire.JOIN_PATH, joined)
     port = free_port()
     with caplog.at_level(logging.INFO, logger="worker_agent.joining"):
-        task = asyncio.ensure_future(join_all([f"http://127.0.0.1:{port}/"], JOIN))
+        task = asyncio.ensure_future(Joining(JOIN).run([f"http://127.0.0.1:{port}/"]))
         await until(lambda: caplog.records)
         runner = web.AppRunner(app)
         await runner.setup()
@@ -54,7 +55,7 @@ async def test_a_balancer_that_comes_up_later_is_joined_and_the_log_says_each_ch
 
 @contextlib.asynccontextmanager
 async def joining(url: str) -> AsyncIterator[None]:
-    task = asyncio.ensure_future(join_all([url], JOIN))
+    task = asyncio.ensure_future(Joining(JOIN).run([url]))
     try:
         yield
         assert not task.done()
@@ -129,3 +130,50 @@ async def test_a_name_that_no_host_can_have_does_not_end_the_agent(
 ) -> None:
     async with joining(f"http://{host}:4000"):
         await until(lambda: "this is not a URL" in caplog.text)
+
+
+async def test_balancers_that_are_found_are_joined_and_those_that_fail_make_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    joined: list[str] = []
+
+    async def join(_session: object, url: str, _join: wire.Join) -> str:
+        joined.append(url)
+        return "no" if "failing" in url else ""
+
+    monkeypatch.setattr("worker_agent.joining._join", join)
+    joining = Joining(JOIN)
+    task = asyncio.ensure_future(joining.run(["http://named:4000"]))
+    await until(lambda: joined)
+    joining.found("http://named:4000/")
+    joining.found("http://failing:4000")
+    await until(lambda: "http://failing:4000" in joined)
+    for number in range(MOST_FOUND + 5):
+        joining.found(f"http://found-{number}:4000/")
+        joining.found(f"http://found-{number}:4000")
+        await asyncio.sleep(0)
+    await until(lambda: len(set(joined)) == 2 + MOST_FOUND)
+    assert f"http://found-{MOST_FOUND - 1}:4000" in joined
+    assert f"http://found-{MOST_FOUND}:4000" not in joined
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+async def test_a_balancer_with_a_certificate_of_its_own_making_is_joined(tmp_path: Path) -> None:
+    heard: list[wire.Join] = []
+
+    async def joined(request: web.Request) -> web.Response:
+        heard.append(wire.parse_join(await request.read()))
+        return web.Response(status=204)
+
+    app = web.Application()
+    app.router.add_post(wire.JOIN_PATH, joined)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    context = certificate.kept(tmp_path / "own.pem").server_context()
+    site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context)
+    await site.start()
+    async with joining(f"https://127.0.0.1:{site.port}"):
+        await until(lambda: heard)
+    await runner.cleanup()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,9 +12,10 @@ import aiohttp
 import orjson
 import pytest
 
+from agent.meeting import Met, gate_with, met
 from agent.scenes import until
 from agent.test_residents import POLICY, Machine
-from worker_agent import handshake, wire
+from worker_agent import wire
 from worker_agent.changes import Changes
 from worker_agent.gateway import Gateway
 from worker_agent.models.catalog import NotAModel
@@ -25,8 +26,6 @@ from worker_agent.orders import Orders
 from worker_agent.server import ServerPolicy, listening
 from worker_agent.shelf import Shelf
 from worker_agent.wire import Download, DownloadState, ModelOrder, ModelState
-
-KEY = "0123456789abcdef-the-cluster-key"
 
 
 @dataclass
@@ -74,28 +73,21 @@ def local(name: str) -> LocalModel:
     )
 
 
-AGENT = "studio-3fa9"
-
-
 @dataclass
 class Agent:
     machine: Machine
     disk: Disk
     url: str
     client: aiohttp.ClientSession
+    balancer: Met
 
-    async def nonce(self) -> str:
-        async with self.client.post(self.url + wire.CHALLENGE_PATH) as answer:
-            return str((await answer.json())["nonce"])
-
-    async def order(self, word: str, key: str = KEY, **order: object) -> tuple[int, dict[str, object]]:
-        path, body = f"{wire.MODELS_PATH}/{word}", orjson.dumps(order)
-        proof = handshake.prove(key, await self.nonce(), AGENT, "POST", path, body)
-        return await self.send("POST", path, body, {wire.PROOF_HEADER: proof})
+    async def order(self, word: str, **order: object) -> tuple[int, dict[str, object]]:
+        return await self.send(
+            "POST", f"{wire.MODELS_PATH}/{word}", orjson.dumps(order), self.balancer.headers
+        )
 
     async def listed(self) -> wire.ModelList:
-        proof = handshake.prove(KEY, await self.nonce(), AGENT, "GET", wire.MODELS_PATH, b"")
-        async with self.client.get(self.url + wire.MODELS_PATH, headers={wire.PROOF_HEADER: proof}) as answer:
+        async with self.client.get(self.url + wire.MODELS_PATH, headers=self.balancer.headers) as answer:
             assert answer.status == 200
             return wire.parse_models(await answer.read())
 
@@ -108,7 +100,7 @@ class Agent:
 
 
 @contextlib.asynccontextmanager
-async def agent_of(folder: Path, key: str | None = KEY) -> AsyncIterator[Agent]:
+async def agent_of(folder: Path) -> AsyncIterator[Agent]:
     machine = Machine(folder, POLICY)
     disk = Disk(folder, machine.changes)
 
@@ -120,16 +112,17 @@ async def agent_of(folder: Path, key: str | None = KEY) -> AsyncIterator[Agent]:
     shelf.offer_the_given()
     shelf.fetched_by(disk)  # type: ignore[arg-type]
     gateway = Gateway(
-        machine.residents, machine.report, machine.changes, orders=Orders(shelf, AGENT, key).routes()
+        machine.residents, machine.report, machine.changes, gate_with(), orders=Orders(shelf).routes()
     )
     async with (
-        listening(gateway.application(), "127.0.0.1", 0, ServerPolicy()) as port,
+        listening(gateway.application(), "127.0.0.1", 0, ServerPolicy()) as server,
         machine.residents.running_engines(),
         aiohttp.ClientSession() as client,
         asyncio.TaskGroup() as tasks,
     ):
         looking = tasks.create_task(shelf.keep_looking(machine.changes))
-        yield Agent(machine, disk, f"http://127.0.0.1:{port}", client)
+        url = f"http://127.0.0.1:{server.port}"
+        yield Agent(machine, disk, url, client, await met(client, url))
         looking.cancel()
 
 
@@ -201,66 +194,25 @@ async def test_what_cannot_be_fetched_or_cancelled_is_said(agent: Agent) -> None
     assert (status, agent.disk.fetching) == (200, {})
 
 
-async def test_without_a_key_nobody_may_order_anything_and_is_told_what_to_do(tmp_path: Path) -> None:
-    async with agent_of(tmp_path, key=None) as agent:
-        for method, path in (
-            ("POST", wire.CHALLENGE_PATH),
-            ("GET", wire.MODELS_PATH),
-            ("POST", f"{wire.MODELS_PATH}/load"),
-        ):
-            status, error = await agent.send(method, path, b"", {wire.PROOF_HEADER: "a:b"})
-            assert (status, error["code"]) == (403, "cluster_key_needed")
-            assert "WORKER_AGENT_CLUSTER_KEY" in str(error["message"])
-
-
 LOAD = f"{wire.MODELS_PATH}/load"
-BODY = b'{"name": "given"}'
 
 
-@pytest.mark.parametrize(
-    "proof_of",
-    [
-        lambda _: "",
-        lambda nonce: nonce,
-        lambda _: handshake.prove(KEY, "a-nonce-of-mine", AGENT, "POST", LOAD, BODY),
-        lambda nonce: handshake.prove("another-cluster-key-of-16", nonce, AGENT, "POST", LOAD, BODY),
-        lambda nonce: handshake.prove(KEY, nonce, AGENT, "POST", f"{wire.MODELS_PATH}/unload", BODY),
-        lambda nonce: handshake.prove(KEY, nonce, AGENT, "POST", LOAD, b'{"name": "b"}'),
-        lambda nonce: handshake.prove(KEY, nonce, "another-agent", "POST", LOAD, BODY),
-        lambda nonce: handshake.prove(KEY, nonce, AGENT, "POST", LOAD, BODY) + "é",
-    ],
-    ids=[
-        "none",
-        "no proof",
-        "a made-up nonce",
-        "another key",
-        "another order",
-        "another body",
-        "another agent",
-        "not ASCII",
-    ],
-)
-async def test_who_cannot_prove_the_key_for_this_very_order_is_refused(
-    agent: Agent, proof_of: Callable[[str], str]
-) -> None:
-    proof = proof_of(await agent.nonce())
-    status, error = await agent.send("POST", LOAD, BODY, {wire.PROOF_HEADER: proof})
-    assert (status, error["code"]) == (403, "cluster_key_wrong")
+@pytest.mark.parametrize("session", ["", "x", "0" * 64, "é"])
+@pytest.mark.parametrize("word", ["load", "unload", "delete", "download", "cancel"])
+async def test_a_stranger_orders_nothing(agent: Agent, word: str, session: str) -> None:
+    path, headers = f"{wire.MODELS_PATH}/{word}", {wire.SESSION_HEADER: session}
+    status, error = await agent.send("POST", path, b'{"name": "given"}', headers)
+    assert (status, error["code"]) == (401, wire.SESSION_UNKNOWN)
     assert agent.machine.told("given").state is ModelState.UNLOADED
 
 
-async def test_a_proof_is_good_once(agent: Agent) -> None:
-    headers = {wire.PROOF_HEADER: handshake.prove(KEY, await agent.nonce(), AGENT, "POST", LOAD, BODY)}
-    assert (await agent.send("POST", LOAD, BODY, headers))[0] == 202
-    assert (await agent.send("POST", LOAD, BODY, headers))[0] == 403
-
-
 async def test_orders_are_bounded_and_not_for_web_pages(agent: Agent) -> None:
-    status, error = await agent.send("POST", LOAD, b" " * 65537, {})
+    known = agent.balancer.headers
+    status, error = await agent.send("POST", LOAD, b" " * 65537, known)
     assert (status, error["code"]) == (413, "body_too_large")
-    status, error = await agent.send("POST", wire.CHALLENGE_PATH, b"", {"Origin": "http://evil.test"})
+    status, error = await agent.send("POST", LOAD, b"", {**known, "Origin": "http://evil.test"})
     assert (status, error["code"]) == (403, "browser")
-    status, error = await agent.send("GET", wire.MODELS_PATH, b"", {"Host": "evil.test"})
+    status, error = await agent.send("GET", wire.MODELS_PATH, b"", {**known, "Host": "evil.test"})
     assert (status, error["code"]) == (403, "wrong_host")
 
 
@@ -269,12 +221,6 @@ async def test_an_order_that_is_not_understood_says_why(agent: Agent, order: dic
     status, error = await agent.order("load", **order)
     assert (status, error["code"]) == (400, "bad_order")
     assert "name" in str(error["message"])
-
-
-def test_a_proof_of_bytes_that_are_no_text_is_none() -> None:
-    nonces = handshake.Nonces()
-    nonces.give("a", 0.0)
-    assert not nonces.accepts(KEY, "a:\udcff", AGENT, "POST", LOAD, BODY, 1.0)  # as aiohttp hands on 0xff
 
 
 async def test_what_is_fetched_or_deleted_beside_the_agent_is_noticed(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import aiohttp
 import pytest
 
 from agent.conftest import MODEL, RunningAgent, end_agent, start_agent
+from agent.meeting import within_sessions
 from agent.scenes import alive, until, wait_until
 from worker_agent import wire
 from worker_agent.wire import EngineState, Report
@@ -30,7 +31,7 @@ LONG_PROMPT = "The quick brown fox jumps over the lazy dog. " * 150
 
 @pytest.fixture
 async def client() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as session:
+    async with within_sessions() as session:
         yield session
 
 

@@ -16,6 +16,7 @@ import aiohttp
 import orjson
 import pytest
 
+from agent.meeting import OpenGate
 from agent.scenes import alive, fake_plan, pids, until
 from worker_agent import wire
 from worker_agent.changes import Changes
@@ -63,7 +64,7 @@ class Machine:
 
     def __post_init__(self) -> None:
         self.residents = Residents("studio-1", self.measure, self.changes, self.policy)
-        self.gateway = Gateway(self.residents, self.report, self.changes)
+        self.gateway = Gateway(self.residents, self.report, self.changes, OpenGate())
 
     def measure(self, engines: Collection[int], _given: Mapping[Pool, int]) -> Mapping[Pool, MemoryNow]:
         self.looked.append(len(engines))
@@ -151,11 +152,11 @@ async def room_of(folder: Path, policy: ResidentsPolicy = POLICY) -> AsyncIterat
     machine = Machine(folder, policy)
     connector = aiohttp.TCPConnector(force_close=True)
     async with (
-        listening(machine.gateway.application(), "127.0.0.1", 0, ServerPolicy()) as port,
+        listening(machine.gateway.application(), "127.0.0.1", 0, ServerPolicy()) as server,
         machine.residents.running_engines(),
         aiohttp.ClientSession(connector=connector) as client,
     ):
-        yield Room(machine, f"http://127.0.0.1:{port}", client)
+        yield Room(machine, f"http://127.0.0.1:{server.port}", client)
     for name in machine.offers:
         assert not machine.runs(name), f"{name} is left behind"
 

@@ -5,27 +5,47 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
+import ssl
 from collections.abc import AsyncIterator
 
 import pytest
 from aiohttp import web
 
+from agent.meeting import unverified
 from agent.scenes import until
-from worker_agent.server import ServerPolicy, listening
+from worker_agent.certificate import Certificate, fingerprint_of, kept
+from worker_agent.server import Listening, ServerPolicy, is_dialled, listening
 
 CANARY = b"zanzibarine"
 
 
-async def hello(_request: web.Request) -> web.Response:
-    return web.Response(text="hello")
+async def hello(request: web.Request) -> web.Response:
+    return web.Response(text="hello, guest" if is_dialled(request) else "hello")
 
 
 @contextlib.asynccontextmanager
-async def serving(policy: ServerPolicy | None = None) -> AsyncIterator[int]:
+async def server_of(
+    policy: ServerPolicy | None = None, certificate: Certificate | None = None
+) -> AsyncIterator[Listening]:
     app = web.Application()
     app.router.add_get("/", hello)
-    async with listening(app, "127.0.0.1", 0, policy or ServerPolicy()) as port:
-        yield port
+    tls = None if certificate is None else certificate.server_context()
+    async with listening(app, "127.0.0.1", 0, policy or ServerPolicy(), tls) as server:
+        yield server
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    policy: ServerPolicy | None = None, certificate: Certificate | None = None
+) -> AsyncIterator[int]:
+    async with server_of(policy, certificate) as server:
+        yield server.port
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
+    return kept(tmp_path_factory.mktemp("own") / "agent-1.pem")
 
 
 async def answer_to(port: int, data: bytes) -> bytes:
@@ -109,3 +129,105 @@ async def test_a_head_that_does_not_come_is_not_waited_for() -> None:
         writer.write(b"GET / HT")
         await until(reader.at_eof, seconds=10)
         writer.close()
+
+
+# Over TLS ...
+
+
+async def test_it_serves_over_tls_and_shows_its_certificate(certificate: Certificate) -> None:
+    async with serving(certificate=certificate) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=unverified())
+        shown: ssl.SSLObject = writer.get_extra_info("ssl_object")
+        assert fingerprint_of(shown.getpeercert(binary_form=True) or b"") == certificate.fingerprint
+        writer.write(GET + b"Connection: close\r\n\r\n")
+        assert (await reader.read()).endswith(b"hello")
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        GET + b"\r\n" + CANARY,
+        CANARY * 1000,
+        b"\x16\x03\x01" + CANARY * 20,
+        b"\x16\x03\x01\x00\x05\x01\x00\x00\x01\x00",
+        b"\x80\x2e\x01\x03\x01" + CANARY * 4,
+    ],
+    ids=["plain HTTP", "words", "a torn hello", "a short hello", "an old hello"],
+)
+async def test_bytes_that_are_no_tls_end_quietly(
+    certificate: Certificate, data: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    async with serving(ServerPolicy(handshake_seconds=0.5), certificate) as port:
+        answer = await answer_to(port, data)
+        async with contextlib.AsyncExitStack() as stack:  # and it serves on
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=unverified())
+            stack.callback(writer.close)
+            writer.write(GET + b"Connection: close\r\n\r\n")
+            assert (await reader.read()).endswith(b"hello")
+    assert b"HTTP" not in answer
+    assert not [record for record in caplog.records if record.levelno > logging.DEBUG]
+    assert CANARY.decode() not in caplog.text
+    assert "Traceback" not in caplog.text
+
+
+async def test_those_that_never_begin_to_speak_tls_count_and_are_not_waited_for(
+    certificate: Certificate,
+) -> None:
+    policy = ServerPolicy(connections_per_address=3, handshake_seconds=1.0)
+    async with serving(policy, certificate) as port:
+        silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            await asyncio.open_connection("127.0.0.1", port, ssl=unverified())
+        for reader, _ in silent:
+            await until(reader.at_eof, seconds=10)
+        _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=unverified())
+        for each in (writer, *(writer for _, writer in silent)):
+            each.close()
+
+
+# ... and on connections that were opened from here.
+
+
+@pytest.mark.parametrize("kind", ["pair", "TCP"])
+async def test_a_socket_that_was_opened_from_here_is_served_as_an_accepted_one(
+    certificate: Certificate, kind: str
+) -> None:
+    async with server_of(certificate=certificate) as server:
+        ours, theirs = socket.socketpair() if kind == "pair" else connected()
+        theirs.setblocking(False)
+        opening = asyncio.ensure_future(
+            asyncio.open_connection(sock=theirs, ssl=unverified(), server_hostname="")
+        )
+        await server.adopt(ours)
+        reader, writer = await opening
+        for _ in range(2):
+            writer.write(GET + b"\r\n")
+            assert (await reader.readuntil(b"hello, guest")).startswith(b"HTTP/1.1 200")
+        writer.close()
+
+
+async def test_adopted_sockets_are_counted_and_end_with_the_server(certificate: Certificate) -> None:
+    policy = ServerPolicy(connections_per_address=1)
+    async with server_of(policy) as server:
+        first, theirs = connected()
+        await server.adopt(first)
+        second, others = connected()
+        await server.adopt(second)
+        reader, writer = await asyncio.open_connection(sock=others)
+        assert await reader.read() == b""
+        writer.close()
+        reader, writer = await asyncio.open_connection(sock=theirs)
+        writer.write(GET + b"\r\n")
+        await reader.readuntil(b"hello, guest")
+    assert await asyncio.wait_for(reader.read(), 10) == b""
+    writer.close()
+
+
+def connected() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ours = socket.create_connection(listener.getsockname())
+        theirs, _ = listener.accept()
+    theirs.setblocking(False)
+    return ours, theirs

@@ -47,15 +47,18 @@ def test_the_log_level_is_read_from_either_variable(variable: str, monkeypatch: 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ('{"prot": 1}', """agent.json: 'prot' is not a setting; did you mean "port"?"""),
+        ('{"prot": 1}', """agent.json:1:2: 'prot' is not a setting; did you mean "port"?"""),
         ('{"Log-Level": "info"}', 'did you mean "log_level"?'),
-        ('{"zzz\\n": 1}', "agent.json: 'zzz\\n' is not a setting; there are engine, model, "),
-        ("[1]", "agent.json: expected an object"),
-        ("[" * 5000, "agent.json: "),
-        (b"\xff", "agent.json: "),
-        ('{"port": 70000}', "port: Input should be less than or equal to 65535"),
-        ('{"port": 1,\n "slots" 2}', "line 2"),
-        ('{"balancers": ["192.168.1.10"]}', "must begin with http://"),
+        ('{"zzz\\n": 1}', "agent.json:1:2: 'zzz\\n' is not a setting; there are engine, model, "),
+        ("[1]", "agent.json:1:1: expected an object"),
+        ("[" * 5000, "agent.json:1:"),
+        (b"\xff", "agent.json:1:1: byte 0xff is not UTF-8"),
+        ('{"port": 70000}', "agent.json:1:10: port: Input should be less than or equal to 65535"),
+        ('{"port": 1,\n "slots" 2}', "agent.json:2:10: 2 does not belong here: expected :"),
+        (
+            '{\n"balancers": ["192.168.1.10"]}',
+            "agent.json:2:15: balancers.0: Value error, must begin with http://",
+        ),
         ('{"id": "a\\nb"}', "id: Value error, must be printable"),
     ],
 )
@@ -67,6 +70,23 @@ def test_a_wrong_file_is_told_by_its_place(tmp_path: Path, text: str | bytes, sa
     assert says in str(caught.value)
 
 
+def test_comments_and_trailing_commas_are_forgiven(tmp_path: Path) -> None:
+    file = tmp_path / "agent.json"
+    file.write_text('// of this machine\n{"port": 1, /* two */ "slots": 2, "balancers": ["http://a:4000",],}')
+    settings = load(file, {})
+    assert (settings.port, settings.slots, settings.balancers) == (1, 2, ("http://a:4000",))
+
+
+def test_a_wrong_variable_is_not_told_at_a_place_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "agent.json"
+    file.write_text('{"port": 1}')
+    monkeypatch.setenv("WORKER_AGENT_PORT", "none")
+    with pytest.raises(SettingsError, match=r"^port: Input should be"):
+        load(file, {})
+
+
 def test_a_file_that_is_not_there_is_an_error() -> None:
     with pytest.raises(SettingsError, match="there is no file"):
         load(Path("/no/such/file.json"), {})
@@ -74,7 +94,7 @@ def test_a_file_that_is_not_there_is_an_error() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="has no file that nobody can read, not even root")
 def test_a_file_that_cannot_be_read_is_told_with_the_systems_reason() -> None:
-    with pytest.raises(SettingsError, match="/proc/self/mem cannot be read: Input/output error"):
+    with pytest.raises(SettingsError, match="/proc/self/mem: cannot be read: Input/output error"):
         load(Path("/proc/self/mem"), {})
 
 
@@ -120,6 +140,6 @@ def test_a_cluster_key_that_cannot_be_used_is_told_without_its_words(tmp_path: P
     with pytest.raises(SettingsError, match=r"cluster_key_file: .*key cannot be read: No such file"):
         load(None, {"cluster_key_file": file})
     file.write_text("too-short")
-    with pytest.raises(SettingsError, match="must hold at least 16 characters") as caught:
+    with pytest.raises(SettingsError, match="must hold 16 to 512 characters") as caught:
         load(None, {"cluster_key_file": file})
     assert "too-short" not in str(caught.value)

@@ -16,6 +16,7 @@ import orjson
 import pytest
 from aiohttp import web
 
+from agent.meeting import OpenGate
 from agent.scenes import OneModel, fake_plan, pids, until
 from worker_agent import wire
 from worker_agent.changes import Changes
@@ -68,14 +69,14 @@ async def room_before(engine: Backend, changes: Changes, watch: WatchPolicy) -> 
         return Report(id="a", state=EngineState.READY, engine="fake", slots=2)
 
     resident = Resident(engine, changes, watch)
-    gateway = Gateway(OneModel(resident), report, changes)
+    gateway = Gateway(OneModel(resident), report, changes, OpenGate())
     connector = aiohttp.TCPConnector(force_close=True)
     async with (
         resident.attended(),
-        listening(gateway.application(), "127.0.0.1", 0, ServerPolicy()) as port,
+        listening(gateway.application(), "127.0.0.1", 0, ServerPolicy()) as server,
         aiohttp.ClientSession(connector=connector) as client,
     ):
-        yield Room(gateway, resident, f"http://127.0.0.1:{port}", client)
+        yield Room(gateway, resident, f"http://127.0.0.1:{server.port}", client)
 
 
 @pytest.fixture
@@ -260,8 +261,8 @@ async def storytellers_room(
     app = web.Application()
     app.router.add_post(CHAT, storyteller.chat)
     spec = replace(plan.spec, continue_chat=dict, busy_path=None)
-    async with listening(app, "127.0.0.1", 0, ServerPolicy()) as port:
-        serving = Serving(address=Address(port=port, secret=None), model="m", context_tokens=None)
+    async with listening(app, "127.0.0.1", 0, ServerPolicy()) as server:
+        serving = Serving(address=Address(port=server.port, secret=None), model="m", context_tokens=None)
         async with room_before(Always(replace(plan, spec=spec), serving), Changes(), watch) as room:
             yield room
 

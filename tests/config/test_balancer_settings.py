@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from balancer.config_file import ConfigFaults, ConfigFile, Tunables
+from balancer.config_file import ConfigFile, Tunables
 from balancer.core.placement import POLICIES
 from balancer.settings import SettingsError, load, variable
+from worker_agent.forgiving_json import ConfigFaults
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +77,7 @@ def test_a_file_beats_defaults_a_variable_the_file_and_a_flag_the_variable(confi
         ("BALANCER_HOT_PATH", "false", "hot_path", False),
         ("BALANCER_MAX_CONNECTIONS", "500", "max_connections", 500),
         ("BALANCER_ALLOW_HOSTS", "LLM.lab.org, b", "allow_hosts", ("llm.lab.org", "b")),
-        ("BALANCER_ALLOW_ORIGINS", "https://chat.lab.org", "allow_origins", ("https://chat.lab.org",)),
+        ("BALANCER_CORS_ORIGINS", "https://chat.lab.org", "cors_origins", ("https://chat.lab.org",)),
     ],
 )
 def test_a_setting_has_its_variable(monkeypatch, name, value, key, expectation):
@@ -126,7 +127,7 @@ def test_a_policy_from_a_variable_weighs_by_its_own_weights(config, monkeypatch,
         ("BALANCER_BATCH_RESERVE", "1", "BALANCER_BATCH_RESERVE is '1': expected a number from 0 to 0.9"),
         ("BALANCER_SCORER_WEIGHTS", "{", "BALANCER_SCORER_WEIGHTS is not JSON: expected an object"),
         ("BALANCER_ALLOW_HOSTS", "a:4000", "'a:4000' is not a name such as balancer.lab.org"),
-        ("BALANCER_ALLOW_ORIGINS", "chat.lab.org", "'chat.lab.org' is not an origin such as https://"),
+        ("BALANCER_CORS_ORIGINS", "chat.lab.org", "'chat.lab.org' is not an origin such as https://"),
         ("BALANCER_WORKERS", "[]", "workers are listed in the JSON file only"),
     ],
 )

@@ -11,9 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from balancer.config_file import (
-    MAX_FAULTS,
-    MAX_FILE_BYTES,
-    ConfigFaults,
     ConfigFile,
     SecretReference,
     expected,
@@ -25,6 +22,7 @@ from balancer.core.model import Worker
 from balancer.core.placement import DEFAULT_POLICY, POLICIES, PlacementPolicy
 from balancer.core.scorers import SCORERS
 from balancer.worker_types import WORKER_TYPES
+from worker_agent.forgiving_json import MAX_FAULTS, MAX_FILE_BYTES, ConfigFaults
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = (
@@ -77,7 +75,10 @@ def test_the_published_form_describes_a_worker():
 )
 def test_a_host_and_a_type_are_enough(type_name, port, cap):
     assert worker(host="box", type=type_name) == Worker(
-        id=f"box:{port}", type=type_name, url=f"http://box:{port}", cap=cap
+        id=f"box:{port}",
+        type=type_name,
+        url=f"{'https' if type_name == 'agent' else 'http'}://box:{port}",
+        cap=cap,
     )
 
 
@@ -237,7 +238,7 @@ def test_every_key_is_described_in_the_json_schema():
 
 
 def test_the_published_schema_is_that_of_the_file():
-    """Write it anew by: python -c 'import balancer.config_file as c; print(c.published_schema(), end="")'"""
+    """Write it anew by: balancer config schema > configs/balancer.schema.json"""
     assert (ROOT / "configs" / "balancer.schema.json").read_text() == published_schema()
 
 
@@ -303,7 +304,7 @@ def test_the_published_schema_is_that_of_the_file():
             "did you mean",
         ),
         ('"model": "m", "aliases": {"a": "zzz"}', 'is "m": name that, or leave "model" out'),
-        ('"tls": 1', '"tls" is 1: expected true or false (default false)'),
+        ('"tls": 1', '"tls" is 1: expected true or false'),
     ],
 )
 def test_a_fault_of_a_worker_says_where_what_and_what_instead(members, expectation):
@@ -536,4 +537,5 @@ def test_any_text_is_a_file_or_has_faults_within_it(text):
 )
 def test_what_is_written_is_what_is_read(port, kind, cap):
     found = worker(host="h", port=port, type=kind, max_concurrent_requests=cap)
-    assert (found.url, found.type, found.cap) == (f"http://h:{port}", kind, cap)
+    scheme = "https" if kind == "agent" else "http"
+    assert (found.url, found.type, found.cap) == (f"{scheme}://h:{port}", kind, cap)

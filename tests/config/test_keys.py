@@ -21,8 +21,8 @@ def made(folder) -> keys.Keys:
 def test_the_first_start_makes_both_keys_and_the_second_finds_them(tmp_path):
     first = made(tmp_path / "new" / "folder")
     assert first.made == (tmp_path / "new/folder/admin_key", tmp_path / "new/folder/cluster_key")
-    assert first.admin != first.cluster
-    assert min(len(first.admin), len(first.cluster)) >= 43  # 256 bits
+    assert first.admin != first.cluster.current
+    assert min(len(first.admin), len(first.cluster.current)) >= 43  # 256 bits
     second = made(tmp_path / "new" / "folder")
     assert (second.admin, second.cluster, second.made) == (first.admin, first.cluster, ())
 
@@ -41,12 +41,12 @@ def test_a_key_is_its_owners_alone_whatever_the_umask(tmp_path):
 def test_a_key_is_in_no_repr(tmp_path):
     own = made(tmp_path)
     assert own.admin not in repr(own)
-    assert own.cluster not in repr(own)
+    assert own.cluster.current not in repr(own)
 
 
 def test_a_key_that_is_given_is_used_and_nothing_is_made_for_it(tmp_path):
     own = keys.found(tmp_path, admin=GIVEN, cluster=GIVEN + "2")
-    assert (own.admin, own.cluster, own.made) == (GIVEN, GIVEN + "2", ())
+    assert (own.admin, own.cluster, own.made) == (GIVEN, keys.ClusterKeys(GIVEN + "2"), ())
     assert not list(tmp_path.iterdir())
 
 

@@ -11,13 +11,17 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 import aiohttp
 import pytest
-from aiohttp import web
 from zeroconf import IPVersion
 from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
 
+from balancer.cluster import Cluster
 from balancer.core.model import Event, Reported, Seen
 from balancer.discovery import Browser, Roster
+from balancer.keys import ClusterKeys
+from balancer.pins import Memory, Pins
+from balancer.upstream import TimeoutPolicy, Upstream
 from balancer.watch import Watches, WatchPolicy
+from tests.fakes.met_agent import KEY, MetAgent
 from worker_agent import wire
 
 PATIENCE = 20.0
@@ -28,11 +32,11 @@ class Findings:
     """What a browser found, to wait on."""
 
     def __init__(self) -> None:
-        self.all: list[tuple[str, Sequence[str], int]] = []
+        self.all: list[tuple[wire.Announced, Sequence[str], int]] = []
         self.changed = asyncio.Event()
 
-    def __call__(self, agent_id: str, addresses: Sequence[str], port: int) -> None:
-        self.all.append((agent_id, addresses, port))
+    def __call__(self, announced: wire.Announced, addresses: Sequence[str], port: int) -> None:
+        self.all.append((announced, addresses, port))
         self.changed.set()
 
     async def until(self, holds: Callable[[], bool]) -> None:
@@ -41,8 +45,8 @@ class Findings:
                 self.changed.clear()
                 await self.changed.wait()
 
-    def of(self, agent_id: str) -> list[tuple[str, Sequence[str], int]]:
-        return [finding for finding in self.all if finding[0] == agent_id]
+    def of(self, agent_id: str) -> list[tuple[wire.Announced, Sequence[str], int]]:
+        return [finding for finding in self.all if finding[0].id == agent_id]
 
 
 @pytest.fixture
@@ -85,21 +89,22 @@ def new_id() -> str:
 
 async def test_an_agent_that_announces_itself_is_found(air, browser, findings):
     agent = new_id()
-    await advertise(air, wire.txt_record(agent), port=4321)
+    announced = wire.Announced(agent, "0123456789abcdef", "f" * 64)
+    await advertise(air, wire.txt_record(announced), port=4321)
     await findings.until(lambda: bool(findings.of(agent)))
-    assert findings.of(agent)[0] == (agent, ["127.0.0.1"], 4321)
+    assert findings.of(agent)[0] == (announced, ["127.0.0.1"], 4321)
 
 
 async def test_an_agent_is_told_again_and_again_while_it_is_announced(air, browser, findings):
     agent = new_id()
-    await advertise(air, wire.txt_record(agent))
+    await advertise(air, wire.txt_record(wire.Announced(agent)))
     await findings.until(lambda: len(findings.of(agent)) >= 3)
 
 
 async def test_announcements_of_other_versions_are_ignored_with_one_line(air, browser, findings, caplog):
     info = await advertise(air, {"v": "99", "id": "future"})
     agent = new_id()
-    await advertise(air, wire.txt_record(agent))
+    await advertise(air, wire.txt_record(wire.Announced(agent)))
     await findings.until(
         lambda: len(findings.of(agent)) >= 3
     )  # by now the other was looked at thrice as well
@@ -128,18 +133,9 @@ async def test_a_browser_closes_twice_without_harm(findings):
     await browser.aclose()
 
 
-async def test_an_agent_that_is_found_and_joins_is_one_worker_that_outlives_its_announcement(air):
-    agent = new_id()
+async def test_an_agent_that_is_found_and_joins_is_one_worker_that_outlives_its_announcement(air, tmp_path):
     events: list[Event] = []
     changed = asyncio.Event()
-
-    async def report(request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse()
-        await response.prepare(request)
-        mine = wire.Report(id=agent, state=wire.EngineState.READY, engine="mlx", slots=1)
-        while True:
-            await response.write(mine.to_line())
-            await asyncio.sleep(0.05)
 
     async def until(holds: Callable[[], bool]) -> None:
         async with asyncio.timeout(PATIENCE):
@@ -153,32 +149,36 @@ async def test_an_agent_that_is_found_and_joins_is_one_worker_that_outlives_its_
         changed.set()
 
     def reports() -> int:
-        return sum(isinstance(event, Reported) and event.worker_id == agent for event in events)
+        return sum(isinstance(event, Reported) and event.worker_id == agent.id for event in events)
 
-    app = web.Application()
-    app.router.add_get(wire.REPORT_PATH, report)
-    runner = web.AppRunner(app, shutdown_timeout=0.05, handler_cancellation=True)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    port = runner.addresses[0][1]
-
-    async with aiohttp.ClientSession() as session:
-        watches = Watches(tell=tell, session=session, policy=WatchPolicy())
-        roster = Roster(tell=tell, watches=watches, clock=asyncio.get_running_loop().time)
+    clock = asyncio.get_running_loop().time
+    async with (
+        MetAgent(new_id(), tmp_path / "agent").running() as agent,
+        aiohttp.ClientSession() as session,
+        Upstream(TimeoutPolicy()) as upstream,
+    ):
+        cluster = Cluster(
+            *(upstream, Memory(tmp_path), ClusterKeys(KEY)),
+            balancer_id="b",
+            pins=Pins(),
+            clock=clock,
+            on_met=lambda worker: roster.met(worker),
+        )
+        watches = Watches(tell=tell, session=session, agents=cluster, policy=WatchPolicy())
+        roster = Roster(tell=tell, watches=watches, clock=clock, tags=lambda: cluster.tags)
         browser = Browser(found=roster.found, interfaces=LOOPBACK, refresh_seconds=0.2)
         try:
             assert await browser.start()
-            info = await advertise(air, wire.txt_record(agent), port)
+            record = wire.txt_record(wire.Announced(agent.id, cluster.tag, agent.fingerprint))
+            info = await advertise(air, record, agent.port)
             await until(lambda: reports() >= 1)
-            roster.joined(wire.Join(id=agent, port=port), "127.0.0.1")
+            roster.joined(wire.Join(id=agent.id, port=agent.port), "127.0.0.1")
             await (await air.async_unregister_service(info))
             goodbye = reports()
             await until(lambda: reports() >= goodbye + 3)
         finally:
             await browser.aclose()
             await watches.aclose()
-            await runner.cleanup()
-    assert [event.worker.url for event in events if isinstance(event, Seen) and event.worker.id == agent] == [
-        f"http://127.0.0.1:{port}"
-    ]
+    seen = [event.worker.url for event in events if isinstance(event, Seen) and event.worker.id == agent.id]
+    assert seen == [agent.url]
     assert all(isinstance(event, Seen | Reported) for event in events)

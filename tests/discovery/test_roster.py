@@ -29,6 +29,8 @@ from balancer.discovery import (
 )
 from worker_agent import wire
 
+TAG = "0123456789abcdef"
+"""Of this cluster."""
 OWN = (
     ipaddress.ip_interface("127.0.0.1/8"),
     ipaddress.ip_interface("192.168.1.9/24"),
@@ -46,17 +48,25 @@ class Scene:
         self.events: list[Event] = []
         self.watched: dict[WorkerId, tuple[str, Mapping[str, str]]] = {}
         self.follows = 0
+        self.woken: list[WorkerId] = []
+        self.meets = True
+        """Whoever is looked for is met at once."""
         self.roster = Roster(
             tell=self.events.append,
             watches=self,
             clock=lambda: self.now,
-            agent_headers={"X-Agent": "k"},
+            tags=lambda: frozenset({TAG}),
             interfaces=lambda: OWN,
         )
 
-    def follow(self, worker: Worker, headers: Mapping[str, str] = {}) -> None:
+    def follow(self, worker: Worker, headers: Mapping[str, str] = {}, *, is_guest: bool = False) -> None:
         self.follows += 1
         self.watched[worker.id] = (worker.url, headers)
+        if is_guest and self.meets:
+            self.roster.met(worker)
+
+    def wake(self, worker_id: WorkerId) -> None:
+        self.woken.append(worker_id)
 
     def forget(self, worker_id: WorkerId) -> None:
         del self.watched[worker_id]
@@ -67,8 +77,8 @@ class Scene:
     def joined(self, agent_id: str, address: str, port: int = 4100) -> None:
         self.roster.joined(wire.Join(id=agent_id, port=port), address)
 
-    def found(self, agent_id: str, *addresses: str) -> None:
-        self.roster.found(agent_id, addresses, 4100)
+    def found(self, agent_id: str, *addresses: str, tag: str = TAG) -> None:
+        self.roster.found(wire.Announced(agent_id, tag), addresses, 4100)
 
     def alive(self, worker_id: str) -> None:
         self.roster.notice(Reported(WorkerId(worker_id), Condition()))
@@ -96,11 +106,11 @@ def test_each_of_the_three_ways_leads_into_the_room(scene):
     scene.found("c", "192.168.1.22")
     assert scene.urls == {
         "a": "http://192.168.1.20:8000",
-        "b": "http://192.168.1.21:4100",
-        "c": "http://192.168.1.22:4100",
+        "b": "https://192.168.1.21:4100",
+        "c": "https://192.168.1.22:4100",
     }
     assert [type(event) for event in scene.events] == [Seen] * 3
-    assert scene.watched["c"] == ("http://192.168.1.22:4100", {"X-Agent": "k"})
+    assert scene.watched["c"] == ("https://192.168.1.22:4100", {})
 
 
 @pytest.mark.parametrize("first", ["found", "joined"])
@@ -134,7 +144,7 @@ def test_the_config_wins_over_a_guest_of_the_same_id(scene):
 
 def test_the_config_wins_over_a_guest_of_the_same_address(scene):
     scene.found("x", "192.168.1.20")
-    scene.static(mine="http://192.168.1.20:4100")
+    scene.static(mine="https://192.168.1.20:4100")
     scene.found("x", "192.168.1.20")
     scene.joined("x", "192.168.1.20")
     assert list(scene.urls) == ["mine"]
@@ -145,7 +155,7 @@ def test_a_join_wins_over_an_announcement_that_is_lost(scene):
     scene.found("x", "192.168.1.66")
     scene.joined("x", "192.168.1.20")
     scene.found("x", "192.168.1.66")
-    assert scene.urls == {"x": "http://192.168.1.20:4100"}
+    assert scene.urls == {"x": "https://192.168.1.20:4100"}
 
 
 def test_a_new_config_leaves_workers_in_peace_that_it_lists_as_before(scene):
@@ -186,10 +196,10 @@ def test_a_join_that_leads_nowhere_gives_way_to_an_announcement_after_some_secon
     scene.lost("x")
     scene.after(TRY_NEXT_AFTER_SECONDS - 0.1)
     scene.found("x", "192.168.1.21")
-    assert scene.urls == {"x": "http://192.168.1.20:4100"}
+    assert scene.urls == {"x": "https://192.168.1.20:4100"}
     scene.after(0.1)
     scene.found("x", "192.168.1.21")
-    assert scene.urls == {"x": "http://192.168.1.21:4100"}
+    assert scene.urls == {"x": "https://192.168.1.21:4100"}
 
 
 def test_a_join_at_a_new_address_has_its_own_seconds_however_long_the_agent_was_lost(scene):
@@ -197,7 +207,7 @@ def test_a_join_at_a_new_address_has_its_own_seconds_however_long_the_agent_was_
     scene.after(60)
     scene.joined("x", "192.168.1.22")
     scene.found("x", "192.168.1.21")
-    assert scene.urls == {"x": "http://192.168.1.22:4100"}
+    assert scene.urls == {"x": "https://192.168.1.22:4100"}
 
 
 def test_a_worker_of_the_config_never_gives_way_to_an_announcement(scene):
@@ -211,7 +221,7 @@ def test_an_agent_that_joins_by_another_of_its_announced_addresses_is_no_second_
     scene.found("x", "192.168.1.20", "10.0.0.1")
     scene.alive("x")
     scene.joined("x", "10.0.0.1")
-    assert scene.urls == {"x": "http://192.168.1.20:4100"}
+    assert scene.urls == {"x": "https://192.168.1.20:4100"}
 
 
 # Strangers ...
@@ -222,7 +232,7 @@ def test_an_announcement_cannot_move_a_worker_that_is_alive(scene):
     scene.alive("x")
     scene.found("x", "192.168.1.66")
     scene.after(60)
-    assert scene.urls == {"x": "http://192.168.1.20:4100"}
+    assert scene.urls == {"x": "https://192.168.1.20:4100"}
     assert scene.follows == 1
 
 
@@ -231,7 +241,7 @@ def test_a_second_agent_of_an_id_is_told_to_take_another(scene):
     scene.alive("x")
     with pytest.raises(NotAdmitted, match="give this one another id with --id"):
         scene.joined("x", "192.168.1.66")
-    assert scene.urls == {"x": "http://192.168.1.20:4100"}
+    assert scene.urls == {"x": "https://192.168.1.20:4100"}
 
 
 def test_a_second_agent_of_an_id_that_is_only_announced_is_warned_of_once(scene, caplog):
@@ -241,8 +251,8 @@ def test_a_second_agent_of_an_id_that_is_only_announced_is_warned_of_once(scene,
         scene.found("x", "192.168.1.66")
     [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warning == (
-        'agent x, announced at http://192.168.1.66:4100, stays out: an agent called "x" is alive at '
-        "http://192.168.1.20:4100: give this one another id with --id"
+        'agent x, announced at https://192.168.1.66:4100, stays out: an agent called "x" is alive at '
+        "https://192.168.1.20:4100: give this one another id with --id"
     )
 
 
@@ -259,7 +269,7 @@ def test_an_agent_that_moved_is_followed_once_it_is_lost_at_its_old_address(scen
     scene.alive("x")
     scene.lost("x")
     scene.joined("x", "192.168.1.21")
-    assert scene.urls == {"x": "http://192.168.1.21:4100"}
+    assert scene.urls == {"x": "https://192.168.1.21:4100"}
 
 
 def test_an_agent_that_was_renamed_takes_the_place_of_its_old_name(scene):
@@ -274,11 +284,11 @@ def test_an_agent_that_was_renamed_takes_the_place_of_its_old_name(scene):
 
 def test_machines_that_share_an_inner_address_are_told_apart(scene):
     scene.found("x", "10.0.3.1", "192.168.1.20")
-    assert scene.urls == {"x": "http://192.168.1.20:4100"}
+    assert scene.urls == {"x": "https://192.168.1.20:4100"}
     scene.found("y", "10.0.3.1")
     scene.alive("y")
     scene.found("z", "10.0.3.1", "10.9.9.9")
-    assert scene.urls["z"] == "http://10.9.9.9:4100"
+    assert scene.urls["z"] == "https://10.9.9.9:4100"
 
 
 @pytest.mark.parametrize("address", ["", "mac.local", "fe80::1%a]b", "1.2.3.4.5"])
@@ -290,7 +300,7 @@ def test_a_join_from_no_address_is_refused(scene, address):
 def test_a_join_over_a_dual_stack_socket_has_an_ipv4_address(scene):
     scene.joined("x", "::ffff:192.168.1.20")
     scene.joined("y", "fe80::1%br-lan.7")
-    assert scene.urls == {"x": "http://192.168.1.20:4100", "y": "http://[fe80::1%br-lan.7]:4100"}
+    assert scene.urls == {"x": "https://192.168.1.20:4100", "y": "https://[fe80::1%br-lan.7]:4100"}
 
 
 def test_a_flood_of_names_stays_within_bounds_and_gives_way_to_those_who_report(scene):
@@ -399,11 +409,66 @@ def test_the_addresses_of_a_lost_agent_are_tried_in_turn_until_it_reports(scene)
         scene.after(TRY_NEXT_AFTER_SECONDS - 0.1)
         scene.after(0.1)
         tried.append(scene.urls["x"])
-    hosts = [url.removeprefix("http://").removesuffix(":4100") for url in tried]
+    hosts = [url.removeprefix("https://").removesuffix(":4100") for url in tried]
     assert hosts == ["192.168.1.20", "10.0.0.1", "10.0.0.2", "192.168.1.20"]
     scene.alive("x")
     scene.after(60)
     assert scene.urls["x"] == tried[-1]
+
+
+# Guests, before they were met ...
+
+
+def test_nobody_is_told_of_a_guest_before_it_was_met(scene):
+    scene.meets = False
+    scene.joined("x", "192.168.1.20")
+    scene.found("y", "192.168.1.21")
+    assert set(scene.watched) == {"x", "y"}
+    assert (scene.events, scene.roster.workers, dict(scene.roster.sources)) == ([], (), {})
+    scene.roster.met(Worker(id=WorkerId("x"), type="agent", url="https://192.168.1.20:4100"))
+    assert scene.roster.sources == {"x": "join"}
+    assert [type(event) for event in scene.events] == [Seen]
+    scene.roster.remove(WorkerId("y"))
+    assert [type(event) for event in scene.events] == [Seen]  # who was never here is not gone either
+
+
+def test_an_agent_of_another_cluster_is_none_of_ours_and_one_without_a_key_is_looked_at(scene):
+    scene.found("theirs", "192.168.1.20", tag="f" * 16)
+    scene.found("new", "192.168.1.21", tag="")
+    assert list(scene.watched) == ["new"]
+
+
+def test_announcements_that_flap_each_second_are_told_of_at_most_once_in_ten(scene):
+    """RELIABILITY M9d."""
+    scene.meets = False
+    for second in range(60):
+        scene.found("x", f"192.168.1.{20 + second % 3}")
+        scene.after(1.0)
+    assert scene.events == []
+    assert scene.follows <= 60 / TRY_NEXT_AFTER_SECONDS + 1  # and each address has its time to answer
+
+
+def test_an_agent_that_is_met_elsewhere_than_it_was_looked_for_has_moved(scene):
+    scene.meets = False
+    scene.found("x", "192.168.1.20")
+    scene.roster.met(Worker(id=WorkerId("x"), type="agent", url="https://192.168.1.30:4100"))
+    assert scene.urls == {"x": "https://192.168.1.30:4100"}
+    scene.alive("x")
+    scene.roster.met(Worker(id=WorkerId("x"), type="agent", url="https://192.168.1.31:4100"))
+    assert scene.urls == {"x": "https://192.168.1.30:4100"}  # whoever is alive stays
+
+
+def test_an_agent_that_dials_is_one_worker_however_often_it_says_so(scene):
+    scene.roster.dialled("mac 1")
+    scene.roster.dialled("mac 1")
+    assert scene.urls == {"mac 1": "tunnel://mac%201"}
+    assert scene.follows == 1
+    scene.alive("mac 1")
+    scene.joined("mac 1", "192.168.1.20")
+    assert scene.urls == {"mac 1": "tunnel://mac%201"}
+    scene.lost("mac 1")
+    scene.after(TRY_NEXT_AFTER_SECONDS)
+    assert scene.urls == {"mac 1": "https://192.168.1.20:4100"}
 
 
 # Addresses ...
@@ -459,7 +524,7 @@ class Histories(RuleBasedStateMachine):
     @rule(entries=st.dictionaries(ids, hosts, max_size=3))
     def a_config_is_read(self, entries: dict[str, str]) -> None:
         unique = {host: i for i, host in entries.items()}
-        self.listed = {i: f"http://{host}:4100" for host, i in unique.items()}
+        self.listed = {i: f"https://{host}:4100" for host, i in unique.items()}
         self.scene.static(**self.listed)
         self.removed -= self.listed.keys()
 

@@ -8,6 +8,7 @@ import logging
 import re
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 
 import aiohttp
@@ -15,6 +16,8 @@ import pytest
 from aiohttp import web
 
 from balancer.core.model import Condition, Endpoint, Event, Lost, ModelName, Reported, Worker, WorkerId
+from balancer.meeting import NotMet
+from balancer.upstream import Address, Lines, TimeoutPolicy, Upstream, Way
 from balancer.watch import Watches, WatchPolicy, from_report
 from worker_agent import wire
 
@@ -35,14 +38,46 @@ READY = wire.Report(
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
+class Met:
+    """Agents that are met without a word; `refuses` are not, in turn. How that really goes: test_cluster."""
+
+    def __init__(self, upstream: Upstream) -> None:
+        self._upstream = upstream
+        self._ways: dict[Worker, Way] = {}
+        self.meetings = 0
+        self.refuses: list[NotMet] = []
+
+    def way(self, worker: Worker) -> Way | None:
+        return self._ways.get(worker)
+
+    async def meet(self, worker: Worker) -> Way:
+        self.meetings += 1
+        if self.refuses:
+            raise self.refuses.pop(0)
+        session = {wire.SESSION_HEADER: f"session-{self.meetings}"}
+        way = self._ways[worker] = Way(Address.of(worker.url), session)
+        return way
+
+    def drop(self, worker: Worker) -> None:
+        self._ways.pop(worker, None)
+
+    def reports(self, way: Way) -> AbstractAsyncContextManager[Lines]:
+        return self._upstream.reading(
+            way.address, wire.REPORT_PATH, way.headers, limit_bytes=wire.MAX_REPORT_BYTES
+        )
+
+
 class Room:
     """Watches with all that they told, and servers that play the workers."""
 
-    def __init__(self, session: aiohttp.ClientSession) -> None:
+    def __init__(self, session: aiohttp.ClientSession, upstream: Upstream) -> None:
+        self.met = Met(upstream)
         self.events: list[Event] = []
         self.changed = asyncio.Event()
         self.runners: list[web.AppRunner] = []
-        self.watches = Watches(tell=self.tell, session=session, policy=QUICK, chance=lambda: 0.5)
+        self.watches = Watches(
+            tell=self.tell, session=session, agents=self.met, policy=QUICK, chance=lambda: 0.5
+        )
 
     def tell(self, event: Event) -> None:
         self.events.append(event)
@@ -87,8 +122,8 @@ class Room:
 
 @pytest.fixture
 async def room() -> AsyncIterator[Room]:
-    async with aiohttp.ClientSession() as session:
-        room = Room(session)
+    async with aiohttp.ClientSession() as session, Upstream(TimeoutPolicy()) as upstream:
+        room = Room(session, upstream)
         yield room
         await room.watches.aclose()
         for runner in room.runners:
@@ -179,6 +214,84 @@ async def test_an_agent_that_never_answered_is_lost_too_so_that_somebody_sees_wh
     assert "connection refused" in (await room.lost()).reason
 
 
+UNKNOWN = {"error": {"code": wire.SESSION_UNKNOWN, "message": "who are you"}}
+
+
+async def test_an_agent_that_has_forgotten_us_is_met_again_at_once_and_never_lost(room):
+    async def agent(request):
+        if request.headers[wire.SESSION_HEADER] == "session-1":
+            return web.json_response(UNKNOWN, status=401)
+        await stream_of(request, READY.to_line())
+        await for_ever()
+
+    await room.follow(agent)
+    await room.reported()
+    assert room.met.meetings == 2
+    assert not room.losses
+
+
+async def test_an_agent_that_never_knows_us_is_lost_and_met_after_pauses_only(room):
+    async def agent(_request):
+        return web.json_response(UNKNOWN, status=401)
+
+    await room.follow(agent)
+    assert "does not know us a moment after it was met" in (await room.lost()).reason
+    assert len(room.losses) == 1
+
+
+async def test_a_session_that_others_gave_up_is_renewed_while_reports_still_come(room):
+    async def agent(request):
+        response = await stream_of(request)
+        while True:
+            await response.write(READY.to_line())
+            await asyncio.sleep(0.001)
+
+    url = await room.serve(agent)
+    followed = Worker(id=WorkerId("a"), type="agent", url=url)
+    room.watches.follow(followed)
+    await room.reported()
+    room.met.drop(followed)
+    await room.until(lambda: room.met.meetings == 2)
+    assert not room.losses
+
+
+async def test_nothing_is_told_of_a_guest_that_is_not_let_in_and_it_is_tried_when_there_is_reason(room):
+    async def agent(request):
+        await stream_of(request, READY.to_line())
+        await for_ever()
+
+    refused = NotMet("it holds another key", certain=True)
+    room.met.refuses = [refused, refused]
+    room.watches = Watches(
+        tell=room.tell,
+        session=room.watches._session,
+        agents=room.met,
+        policy=replace(QUICK, first_pause_seconds=PATIENCE * 2),
+        chance=lambda: 0.0,
+    )
+    url = await room.serve(agent)
+    room.watches.follow(Worker(id=WorkerId("a"), type="agent", url=url), is_guest=True)
+    for meetings in (1, 2):
+        async with asyncio.timeout(PATIENCE):
+            while room.met.meetings < meetings:
+                await asyncio.sleep(0)
+        assert room.events == []
+        room.watches.wake(WorkerId("a"))
+    await room.reported()
+    assert not room.losses
+
+
+async def test_a_listed_agent_that_is_not_let_in_is_lost_with_the_reason(room):
+    async def agent(request):
+        await stream_of(request, READY.to_line())
+        await for_ever()
+
+    room.met.refuses = [NotMet("it holds another key", certain=True)]
+    await room.follow(agent)
+    assert (await room.lost()).reason == "it holds another key"
+    await room.reported()
+
+
 async def test_a_stream_that_ends_before_any_report_is_no_stream(room):
     await room.follow(stream_of)
     assert (await room.lost()).reason == "it ended its report stream"
@@ -190,7 +303,7 @@ async def test_a_stream_that_ends_before_any_report_is_no_stream(room):
         (READY.model_copy(update={"id": "b"}).to_line(), 'calls itself "b", not "a"'),
         (READY.model_copy(update={"wire": 99}).to_line(), "wire version 99"),
         (b"not json\n", "not JSON"),
-        (b"x" * (wire.MAX_REPORT_BYTES * 3), "not usable|speak HTTP"),
+        (b"x" * (wire.MAX_REPORT_BYTES * 3), "a line of more than"),
     ],
 )
 async def test_a_report_that_is_not_usable_is_told_once_however_often_it_comes(room, line, reason):
@@ -269,7 +382,7 @@ async def test_following_anew_replaces_the_watch(room):
 
     def agent(name):
         async def answer(request):
-            asked.append((name, request.headers.get("X-Key")))
+            asked.append((name, request.headers[wire.SESSION_HEADER]))
             room.changed.set()
             await stream_of(request, READY.to_line())
             await for_ever()
@@ -279,10 +392,10 @@ async def test_following_anew_replaces_the_watch(room):
     await room.follow(agent("old"))
     await room.reported()
     url = await room.serve(agent("new"))
-    room.watches.follow(Worker(id=WorkerId("a"), type="agent", url=url), {"X-Key": "k"})
+    room.watches.follow(Worker(id=WorkerId("a"), type="agent", url=url))
     await room.until(lambda: len(asked) == 2)
     await room.reported(times=2)
-    assert asked == [("old", None), ("new", "k")]
+    assert asked == [("old", "session-1"), ("new", "session-2")]
     assert not room.losses
 
 
@@ -598,6 +711,7 @@ async def test_a_page_that_is_asked_for_seldom_is_asked_for_again(room):
     room.watches = Watches(
         tell=room.tell,
         session=room.watches._session,
+        agents=room.met,
         policy=replace(QUICK, seldom_seconds=0.0),
         chance=lambda: 0.5,
     )

@@ -19,6 +19,7 @@ from openai import AsyncOpenAI
 from balancer.app import Running, running
 from balancer.core.dispatcher import WorkerView
 from balancer.settings import load
+from tests.fakes.agent_gate import KEY
 from tests.fakes.engine import FakeEngine
 
 WAIT_SECONDS = 20.0
@@ -94,9 +95,19 @@ OpenRoom = Callable[..., AbstractAsyncContextManager[Room]]
 
 
 def listed(engine: FakeEngine, name: str, **more: Any) -> dict[str, Any]:
-    """A worker's entry in the JSON file."""
+    """A worker's entry in the JSON file. A fake that plays an agent speaks no TLS."""
     address = urlsplit(engine.url)
-    return {"id": name, "host": address.hostname, "port": address.port, "type": "openai"} | more
+    plain = {"tls": False} if more.get("type") == "agent" else {}
+    return {"id": name, "host": address.hostname, "port": address.port, "type": "openai"} | plain | more
+
+
+def keep_cluster_key(data_dir: Path) -> None:
+    """The balancer that starts there holds the key of the agents that are fakes, or were given `KEY`."""
+    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    file = data_dir / "cluster_key"
+    if not file.exists():
+        file.touch(0o600)
+        file.write_text(f"{KEY}\n")
 
 
 @pytest.fixture
@@ -112,6 +123,9 @@ def open_room(tmp_path: Path) -> OpenRoom:
         ]
         port = settings.pop("port", None) or free_port()
         flags = {"host": "127.0.0.1", "port": port, "mdns": False, "data_dir": tmp_path / "data"}
+        # A test that writes the file says itself when it is to be read, or asks for it to be watched.
+        flags["watch_config"] = settings.pop("watch_config", False)
+        keep_cluster_key(tmp_path / "data")
         file = tmp_path / f"balancer-{free_port()}.json"
         file.write_text(json.dumps({"workers": rows, "health_check_interval": 0.2} | settings))
         async with running(load(file, flags)) as balancer, aiohttp.ClientSession() as http:

@@ -8,12 +8,14 @@ import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Never, cast
 
 from aiohttp import web
 
 from balancer.admin import Admin, Configuration, Levers, Membership
+from balancer.admin_door import AdminDoor
 from balancer.batch.presets import Shelf
+from balancer.core.dispatcher import Snapshot
 from balancer.core.errors import BadRequest
 from balancer.fleet_models import FleetModels
 from balancer.front import Front, FrontPolicy
@@ -21,6 +23,7 @@ from balancer.hot_path import HttpServer, ServerPolicy
 from balancer.inference import Admitted, Client, Head, Inference, InferencePolicy
 from balancer.keys import AdminKey
 from balancer.origins import OriginPolicy, Origins
+from worker_agent.wire import Join
 
 WAIT_SECONDS = 20.0
 
@@ -39,6 +42,7 @@ class FakeInference(Inference):
 
     def __init__(self, policy: InferencePolicy) -> None:
         self.policy = policy
+        self.access = None
         self.draining = False
         self._sources = {}
         self.asked: list[Asked] = []
@@ -111,25 +115,30 @@ class Served:
                 await asyncio.sleep(0.005)
 
 
-def unreachable(*_: object) -> None:
+def unreachable(*_: object) -> Never:
     raise AssertionError("a route beside inference was called")
 
 
 @asynccontextmanager
 async def serving(
-    policy: ServerPolicy, inference_policy: InferencePolicy | None = None, body_seconds: float = 30.0
+    policy: ServerPolicy,
+    inference_policy: InferencePolicy | None = None,
+    body_seconds: float = 30.0,
+    snapshot: Callable[[], Snapshot] = unreachable,
+    join: Callable[[Join, str], None] = unreachable,
 ) -> AsyncIterator[Served]:
     inference = FakeInference(inference_policy or InferencePolicy())
+    clock = asyncio.get_running_loop().time
     front = Front(
         inference,
         FrontPolicy(body_seconds=body_seconds),
-        snapshot=unreachable,
-        join=unreachable,
+        snapshot=snapshot,
+        join=join,
         metrics=None,
         admin=Admin(
-            AdminKey("the admin key of this test", asyncio.get_running_loop().time),
+            AdminDoor(AdminKey("the admin key of this test", clock), clock),
             Levers(
-                snapshot=unreachable,
+                snapshot=snapshot,
                 drain=unreachable,
                 membership=cast(Membership, None),
                 models=cast(FleetModels, None),

@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,10 +28,30 @@ _T = TypeVar("_T")
 _NAMES = Path("/run/netns")
 _CLONE_NEWNET = 0x40000000  # linux/sched.h; os.setns came with Python 3.12
 _PORT = "eth0"
+_ALL = 3  # linux/if_ether.h: ETH_P_ALL
 
 
 class NoNamespaces(Exception):
     """This machine, or this user, cannot make hosts; the sentence says why."""
+
+
+@dataclass(frozen=True)
+class Overheard:
+    """Frames of one cable."""
+
+    frames: list[bytes] = field(default_factory=list)
+
+    def holds(self, text: bytes) -> bool:
+        """Whether it stood in what passed. One that was cut by the end of a frame counts, too."""
+        return text in b"".join(self.frames) or text in b"".join(map(_tcp_payload, self.frames))
+
+
+def _tcp_payload(frame: bytes) -> bytes:
+    """Of a frame of Ethernet, IPv4 and TCP; empty: it is another one."""
+    if frame[12:14] != b"\x08\x00" or frame[23:24] != b"\x06":
+        return b""
+    tcp = 14 + (frame[14] & 15) * 4
+    return frame[tcp + (frame[tcp + 12] >> 4) * 4 :]
 
 
 @dataclass(frozen=True)
@@ -73,6 +93,47 @@ class Host:
                 found.append(psutil.Process(int(word)))
         return found
 
+    def gain_address(self, address: str) -> None:
+        """Beside those that it has, in the same network."""
+        _ip("-n", self.namespace, "address", "add", f"{address}/24", "dev", _PORT)
+
+    def lose_address(self, address: str) -> None:
+        """Nothing more comes from it or reaches it. (Linux takes the later ones of a network along with the
+        first, unless told to keep them.)"""
+        self._here(lambda: Path(f"/proc/sys/net/ipv4/conf/{_PORT}/promote_secondaries").write_text("1"))
+        _ip("-n", self.namespace, "address", "del", f"{address}/24", "dev", _PORT)
+
+    @contextmanager
+    def overheard(self) -> Iterator[Overheard]:
+        """What passes through this host's cable, both ways, from now on."""
+        ear = _in(self.bridge, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ALL)))
+        with ear:
+            ear.bind((self.cable, 0))
+            ear.settimeout(0.1)
+            heard = Overheard()
+            stop = threading.Event()
+
+            def listen() -> None:
+                while not stop.is_set():
+                    with suppress(TimeoutError):
+                        heard.frames.append(ear.recv(1 << 17))
+
+            thread = threading.Thread(target=listen)
+            thread.start()
+            try:
+                yield heard
+            finally:
+                stop.set()
+                thread.join()
+
+    def listener(self, port: int) -> socket.socket:
+        """A socket that accepts connections at this port of the host, for a server in our own process."""
+        made = self.open_socket(socket.SOCK_STREAM)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((self.address, port))
+        made.listen()
+        return made
+
     def cut_off_multicast(self) -> None:
         """From now on the bridge hands this host no multicast; all else still passes."""
         _ip("-n", self.bridge, "link", "set", self.cable, "type", "bridge_slave", "mcast_flood", "off")
@@ -95,27 +156,31 @@ class Host:
         _ip("-n", self.namespace, "neighbour", "delete", *_nobody(other))
 
     def _here(self, make: Callable[[], _T]) -> _T:
-        """What `make` gives in a thread that has moved to this host; what it opened stays there."""
-        made: list[_T] = []
-        faults: list[OSError] = []
+        return _in(self.namespace, make)
 
-        def move() -> None:
-            libc = ctypes.CDLL(None, use_errno=True)
-            try:
-                with (_NAMES / self.namespace).open("rb") as namespace:
-                    if libc.setns(namespace.fileno(), _CLONE_NEWNET) != 0:
-                        raise OSError(ctypes.get_errno(), f"cannot move to {self.namespace}")
-                made.append(make())
-            except OSError as error:
-                faults.append(error)
 
-        # A thread of its own, which ends: one of a pool would take others' sockets to this host.
-        thread = threading.Thread(target=move)
-        thread.start()
-        thread.join()
-        if faults:
-            raise faults[0]
-        return made[0]
+def _in(name: str, make: Callable[[], _T]) -> _T:
+    """What `make` gives in a thread that has moved to this namespace; what it opened stays there."""
+    made: list[_T] = []
+    faults: list[OSError] = []
+
+    def move() -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        try:
+            with (_NAMES / name).open("rb") as namespace:
+                if libc.setns(namespace.fileno(), _CLONE_NEWNET) != 0:
+                    raise OSError(ctypes.get_errno(), f"cannot move to {name}")
+            made.append(make())
+        except OSError as error:
+            faults.append(error)
+
+    # A thread of its own, which ends: one of a pool would take others' sockets to this namespace.
+    thread = threading.Thread(target=move)
+    thread.start()
+    thread.join()
+    if faults:
+        raise faults[0]
+    return made[0]
 
 
 @contextmanager

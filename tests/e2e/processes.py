@@ -13,8 +13,13 @@ from pathlib import Path
 
 import psutil
 
+from tests.fakes.agent_gate import KEY
+
 WAIT_SECONDS = 60.0
 """For a real engine to load its small model on a busy machine."""
+
+SHARED_KEY = {"BALANCER_CLUSTER_KEY": KEY, "WORKER_AGENT_CLUSTER_KEY": KEY}
+"""Variables of balancers and agents that are to know each other; fakes hold the same key."""
 
 
 @dataclass

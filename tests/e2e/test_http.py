@@ -183,7 +183,7 @@ async def test_both_servers_give_the_same_answer(open_room: OpenRoom, hot_path: 
 
 @pytest.mark.parametrize("hot_path", [True, False], ids=["hot", "aiohttp"])
 async def test_names_and_pages_that_are_listed_are_served(open_room: OpenRoom, hot_path: bool):
-    settings = {"allow_hosts": ["llm.lab.org"], "allow_origins": ["https://chat.lab.org"]}
+    settings = {"allow_hosts": ["llm.lab.org"], "cors_origins": ["https://chat.lab.org"]}
     async with FakeEngine() as engine, open_room(engine, hot_path=hot_path, **settings) as room:
         headers = {"Host": "llm.lab.org:4000", "Origin": "https://chat.lab.org"}
         async with room.http.post(room.url + CHAT, json=BODY, headers=headers) as response:
@@ -192,7 +192,7 @@ async def test_names_and_pages_that_are_listed_are_served(open_room: OpenRoom, h
         status, error = await post(room, data, JSON | {"Host": "other.lab.org"})
         assert (status, error["code"], "allow_hosts" in error["message"]) == (421, "host_not_allowed", True)
         status, error = await post(room, data, JSON | {"Origin": "https://evil.test"})
-        assert (status, error["code"], "allow_origins" in error["message"]) == (
+        assert (status, error["code"], "cors_origins" in error["message"]) == (
             403,
             "origin_not_allowed",
             True,

@@ -19,7 +19,7 @@ import pytest
 from zeroconf import DNSIncoming, DNSPointer
 
 from tests.e2e.namespaces import Host, NoNamespaces, network
-from tests.e2e.processes import WAIT_SECONDS, Command, command
+from tests.e2e.processes import SHARED_KEY, WAIT_SECONDS, Command, command
 from worker_agent import wire
 
 pytestmark = [
@@ -58,6 +58,7 @@ class Lan:
             output=self.folder / "agent.txt",
             home=self.folder / "agent",
             within=self.agent_host.within,
+            **SHARED_KEY,
         )
 
     async def workers(self) -> list[Worker]:
@@ -80,7 +81,7 @@ class Lan:
 
     async def until_ready(self, agent: Command, port: int = wire.DEFAULT_AGENT_PORT) -> Worker:
         """The agent, as soon as the balancer would send it a request at this port of its host."""
-        url = f"http://{self.agent_host.address}:{port}"
+        url = f"https://{self.agent_host.address}:{port}"
         return await self.until(
             agent, lambda worker: (worker["state"], worker["url"]) == ("ready", url), f"ready at {url}"
         )
@@ -130,6 +131,7 @@ async def lan(hosts: tuple[Host, ...], tmp_path: Path) -> AsyncIterator[Lan]:
             output=tmp_path / "balancer.txt",
             home=tmp_path / "balancer",
             within=balancer_host.within,
+            **SHARED_KEY,
         ) as balancer,
         aiohttp.ClientSession(connector=connector, timeout=timeout) as http,
     ):

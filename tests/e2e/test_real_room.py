@@ -13,7 +13,7 @@ import pytest
 from balancer.core.model import Event, Reported
 from balancer.watch import Watches, WatchPolicy
 from tests.e2e.conftest import OpenRoom, Room, free_port
-from tests.e2e.processes import Command, command
+from tests.e2e.processes import SHARED_KEY, Command, command
 
 pytestmark = [pytest.mark.real_engine, pytest.mark.timeout(300)]
 
@@ -30,7 +30,7 @@ async def agent(room: Room, tmp_path: Path, name: str, *more: str) -> AsyncItera
         *("--balancer", room.url, "--data-dir", str(tmp_path / name), "--threads", "1"),
         *("--slots", "2", "--context-tokens", "2048", *more),
     )
-    async with command(*words, output=tmp_path / f"{name}.log", home=tmp_path) as running:
+    async with command(*words, output=tmp_path / f"{name}.log", home=tmp_path, **SHARED_KEY) as running:
         await room.until(
             lambda: any(
                 view.worker.id == name and view.state == "ready" for view in room.balancer.snapshot().workers

@@ -39,6 +39,7 @@ from typing import Any, cast
 
 import orjson
 
+from tests.fakes.agent_gate import PATHS, AgentGate
 from tests.fakes.faults import DONE_EVENT, OK, Fault, Flood, How, Part, Place, error_body
 from tests.fakes.speech import Prompt, Spelling, Utterance, flat, reference_embedding, reference_text
 from worker_agent import wire
@@ -469,7 +470,8 @@ class FakeEngine:
     keepalive_seconds: float | None = None
     """How often a stream has a comment while the prompt is read (mlx_lm)."""
     agent_id: str | None = None
-    """Plays an agent of this id too: reports each second, and is heard by its balancer to fall silent."""
+    """Plays an agent of this id too: answers only to balancers that it has met, reports each second, and is
+    heard by its balancer to fall silent. It speaks no TLS."""
     http_1_0: bool = False
     """Speaks HTTP/1.0: a stream ends with the connection, none is kept alive (mlx_lm)."""
     close_after_stream: bool = False
@@ -507,8 +509,12 @@ class FakeEngine:
     """How many were ever made to it."""
     open: int = field(init=False, default=0)
     """Inference requests that have arrived and not ended, those with a scripted error included."""
+    gate: AgentGate | None = field(init=False, default=None)
+    """An agent's. What is refused there has not arrived."""
 
     def __post_init__(self) -> None:
+        if self.agent_id is not None:
+            self.gate = AgentGate(self.agent_id)
         self._arrived = 0
         self._script: deque[tuple[When, Fault]] = deque()
         self._always: list[tuple[When, Fault]] = []
@@ -609,6 +615,8 @@ class FakeEngine:
     def die(self) -> None:
         """Refuses, and drops every connection, as if the process had been killed. `listen` revives it."""
         self.refuse()
+        if self.gate is not None:
+            self.gate.forget()
         for connection in list(self._connections):
             connection.drop(How.DIE)
 
@@ -675,6 +683,10 @@ class FakeEngine:
 
     async def _attend(self, connection: _Connection, request: Request) -> bool:
         """One request, from its arrival to its outcome. False: the connection ends with it."""
+        if self.gate is not None and (told := _at_the_gate(self.gate, request)) is not None:
+            answer = _Answer(self, connection, request)
+            await answer.whole(told[1], status=told[0])
+            return answer.keeps_alive
         (self.requests if request.is_inference else self.probes).append(request)
         request.fault = self._next_fault(request)
         self._arrived += request.is_inference
@@ -1020,6 +1032,13 @@ _COMPLETION = _Form(
     piece=lambda text: {"text": text},
     whole=lambda text: {"text": text},
 )
+
+
+def _at_the_gate(gate: AgentGate, request: Request) -> tuple[int, bytes] | None:
+    """Status and body of what the gate says; None: it may pass."""
+    if request.path in PATHS:
+        return gate.answer(request.path, request.raw)
+    return None if gate.has_met(request.headers.get(wire.SESSION_HEADER.lower())) else gate.unknown()
 
 
 def _asked(request: Request) -> tuple[_Form, Prompt]:

@@ -1,12 +1,11 @@
-"""Workers whose models can be managed, as small as they can be: an agent that checks each proof of the
-cluster key as a real one does, and an Ollama with its API for models. Both on real ports, in the test's loop.
+"""Workers whose models can be managed, as small as they can be: an agent that answers only to balancers that
+it has met, as a real one does, and an Ollama with its API for models. Both on real ports, in the test's loop.
 """
 
 from __future__ import annotations
 
 import asyncio
-import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,8 +13,8 @@ from typing import Any
 import orjson
 from aiohttp import web
 
+from tests.fakes.agent_gate import KEY, PATHS, AgentGate
 from worker_agent import wire
-from worker_agent.handshake import Nonces
 from worker_agent.wire import (
     Download,
     DownloadState,
@@ -26,7 +25,7 @@ from worker_agent.wire import (
     ServedModel,
 )
 
-KEY = "a cluster key of these tests".replace(" ", "-")
+__all__ = ["KEY", "ManagedAgent", "ManagedOllama"]
 
 
 def _error(status: int, code: str, message: str) -> web.Response:
@@ -35,7 +34,7 @@ def _error(status: int, code: str, message: str) -> web.Response:
 
 @dataclass
 class ManagedAgent:
-    """An agent that reports its models and takes orders from whoever holds its cluster key."""
+    """An agent that reports its models and takes orders from who holds its cluster key. Without TLS."""
 
     id: str
     key: str | None = KEY
@@ -44,8 +43,7 @@ class ManagedAgent:
     memory_total_bytes: int | None = 16 * 2**30
     memory_held_bytes: int | None = 0
     orders: list[tuple[str, ModelOrder]] = field(default_factory=list)
-    """What was done: only orders with a right proof."""
-    proofs_refused: int = 0
+    """What was done: only orders within a session."""
     refuses: tuple[int, str] | None = None
     """Status and sentence for every order."""
     silent: asyncio.Event | None = None
@@ -53,15 +51,22 @@ class ManagedAgent:
     held: int = 0
     """Orders that came while it was silent."""
     is_old: bool = False
-    """It knows nothing of orders."""
+    """It knows nothing of meeting anybody."""
     port: int = 0
-    _nonces: Nonces = field(default_factory=Nonces)
+    gate: AgentGate = field(init=False)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.gate = AgentGate(self.id, self.key)
+
+    @property
+    def proofs_refused(self) -> int:
+        return self.gate.refused
 
     @property
     def row(self) -> dict[str, Any]:
         """Its entry in the JSON file."""
-        return {"id": self.id, "host": "127.0.0.1", "port": self.port, "type": "agent"}
+        return {"id": self.id, "host": "127.0.0.1", "port": self.port, "type": "agent", "tls": False}
 
     def has(self, name: str, state: ModelState, **more: Any) -> None:
         self.models[name] = ServedModel(name=name, state=state, **more)
@@ -98,23 +103,23 @@ class ManagedAgent:
             except TimeoutError:
                 continue
 
-    async def _challenge(self, request: web.Request) -> web.Response:
-        if self.is_old:
-            raise web.HTTPNotFound
-        if self.key is None:
-            return _error(403, "cluster_key_needed", "this agent has no cluster key")
-        clock = asyncio.get_running_loop().time
-        return web.json_response({"nonce": self._nonces.give(secrets.token_hex(16), clock())})
+    @web.middleware
+    async def _gated(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        self.gate.key = self.key
+        if request.path in PATHS:
+            if self.is_old:
+                raise web.HTTPNotFound
+            status, body = self.gate.answer(request.path, await request.read())
+            return web.Response(status=status, body=body, content_type="application/json")
+        if not self.gate.has_met(request.headers.get(wire.SESSION_HEADER)):
+            status, body = self.gate.unknown()
+            return web.Response(status=status, body=body, content_type="application/json")
+        return await handler(request)
 
     async def _order(self, request: web.Request) -> web.Response:
         body = await request.read()
-        now = asyncio.get_running_loop().time()
-        proof = request.headers.get(wire.PROOF_HEADER, "")
-        if self.key is None or not self._nonces.accepts(
-            self.key, proof, self.id, request.method, request.path, body, now
-        ):
-            self.proofs_refused += 1
-            return _error(403, "cluster_key_wrong", "the proof is not one of this agent's key")
         if self.silent is not None:
             self.held += 1
             await self.silent.wait()
@@ -135,9 +140,10 @@ class ManagedAgent:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[ManagedAgent]:
-        app = web.Application()
+        app = web.Application(middlewares=[self._gated])
         app.router.add_get(wire.REPORT_PATH, self._reports)
-        app.router.add_post(wire.CHALLENGE_PATH, self._challenge)
+        for path in PATHS:
+            app.router.add_post(path, self._order)  # answered at the gate
         app.router.add_post(wire.MODELS_PATH + "/{action}", self._order)
         async with _served(app) as self.port:
             yield self

@@ -19,7 +19,7 @@ import aiohttp
 import pytest
 
 from tests.e2e.namespaces import Host, NoNamespaces, network
-from tests.e2e.processes import WAIT_SECONDS, Command, command
+from tests.e2e.processes import SHARED_KEY, WAIT_SECONDS, Command, command
 from tests.faults.asking import CHAT, Address, Came, ask, question, until
 
 pytestmark = [
@@ -95,7 +95,7 @@ async def wired(hosts: tuple[Host, ...], tmp_path: Path) -> AsyncIterator[Wired]
     connector = aiohttp.TCPConnector(socket_factory=lambda _: client.open_socket(socket.SOCK_STREAM))
     config = tmp_path / "balancer.json"
     rows: list[dict[str, Any]] = [
-        {"id": name, "host": host.address, "port": PORT, "type": "agent"}
+        {"id": name, "host": host.address, "port": PORT, "type": "agent", "tls": False}
         for name, host in (("one", one), ("two", two))
     ]
     config.write_text(json.dumps({"workers": rows, "mdns": False, "data_dir": str(tmp_path / "data")}))
@@ -120,6 +120,7 @@ async def wired(hosts: tuple[Host, ...], tmp_path: Path) -> AsyncIterator[Wired]
                 output=tmp_path / "balancer.txt",
                 home=tmp_path,
                 within=balancer.within,
+                **SHARED_KEY,
             )
         )
         http = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))

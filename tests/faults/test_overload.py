@@ -49,7 +49,9 @@ async def test_a_pause_of_the_balancer_itself_is_not_taken_for_the_workers_silen
     not read. No worker is given up, and a stream that was under way comes to its end."""
     async with engine_process("--agent-id", "a", "--token-seconds", "0.5") as agent:
         port = int(agent.url.rpartition(":")[2])
-        async with open_room({"id": "a", "host": "127.0.0.1", "port": port, "type": "agent"}) as room:
+        async with open_room(
+            {"id": "a", "host": "127.0.0.1", "port": port, "type": "agent", "tls": False}
+        ) as room:
             await room.ready()
             came = Came(question(), CHAT)
             asked = asyncio.ensure_future(ask(room, into=came))

@@ -1,4 +1,4 @@
-"""The contract with agents, pinned: a line that some agent of wire version 1 wrote stays readable."""
+"""The contract with agents, pinned: a line that some agent of wire version 2 wrote stays readable."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from worker_agent import wire
 
-SAMPLES = Path(__file__).parent / "samples" / "v1"
+SAMPLES = Path(__file__).parent / "samples" / "v2"
 
 
 def line(name: str) -> bytes:
