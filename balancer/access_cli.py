@@ -79,7 +79,10 @@ def list_keys(
     if json:
         _print_json(told)
         return
-    table = Table("id", "name", "state", "models", "class", "per minute", "at once", "expires")
+    table = Table()
+    table.add_column("id", no_wrap=True)  # to be copied whole
+    for heading in ("name", "state", "models", "class", "per minute", "at once", "expires"):
+        table.add_column(heading)
     for one in told["keys"]:
         most = one["max_concurrent"]
         table.add_row(

@@ -1,6 +1,5 @@
-"""Who may come in under `/admin`: who has the admin key, and our own page in a browser that was given a cookie
-for it.
-"""
+"""Who may come in under `/admin`: who has the admin key, and our own page in a browser that was given a
+cookie for it."""
 
 from __future__ import annotations
 

@@ -55,6 +55,7 @@ class Audit:
         self._policy = policy or AuditPolicy()
         self._waiting: list[bytes] = []
         self._news = asyncio.Event()
+        self._writing = asyncio.Lock()
         self._refusals = 0
         self._refused_until = self._warned_until = 0.0
         self._lost = 0
@@ -102,15 +103,16 @@ class Audit:
             await self._flush()
 
     async def _flush(self) -> None:
-        self._news.clear()
-        lines, self._waiting = self._waiting, []
-        if not lines:
-            return
-        try:
-            await asyncio.to_thread(_append, self._path, b"".join(lines), self._policy)
-        except OSError as error:
-            self._lost += len(lines)
-            self._warn(f"the audit log {self._path} cannot be written: {error.strerror or error}")
+        async with self._writing:
+            self._news.clear()
+            lines, self._waiting = self._waiting, []
+            if not lines:
+                return
+            try:
+                await asyncio.to_thread(_append, self._path, b"".join(lines), self._policy)
+            except OSError as error:
+                self._lost += len(lines)
+                self._warn(f"the audit log {self._path} cannot be written: {error.strerror or error}")
 
     def _warn(self, what: str) -> None:
         now = self._clock()

@@ -109,8 +109,11 @@ def _worker(entry: WorkerEntry, source: str) -> dict[str, Any]:
 
 def _print_settings(told: Mapping[str, Any], running: Mapping[str, Any] | None) -> None:
     console = Console()
-    table = Table("setting", "value", "from")
-    table.columns[1].overflow = table.columns[2].overflow = "fold"
+    if told["file"] is not None:
+        console.print(Text(f"The file is {told['file']}."), soft_wrap=True)
+    table = Table("setting")
+    table.add_column("value", overflow="fold")
+    table.add_column("from", no_wrap=True)
     if running is not None:
         table.add_column("running with", overflow="fold", style="yellow")
     for name, one in told["settings"].items():

@@ -565,7 +565,9 @@ class _Agent:
             )
         except TimeoutError:
             raise Failed(504, f"it did not answer within {self._seconds:g} s") from None
-        except (NotMet, UpstreamError) as error:
+        except NotMet as error:
+            raise Failed(409 if error.certain else 502, f"it is not asked: {error}") from error
+        except UpstreamError as error:
             raise Failed(502, f"it cannot be reached: {error}") from error
 
 

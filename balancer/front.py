@@ -274,8 +274,12 @@ class _Client:
     async def _written(self, response: web.StreamResponse, data: bytes) -> None:
         """Waits for the client to read, as long as it does read."""
         transport = cast(asyncio.WriteTransport | None, self._request.transport)
-        if transport is None or (len(data) <= HIGH_WATER_BYTES and not transport.get_write_buffer_size()):
-            await response.write(data)  # nearly always: nothing waits to be read
+        if transport is None or (
+            len(data) <= HIGH_WATER_BYTES // 2 and not transport.get_write_buffer_size()
+        ):
+            # Nearly always: nothing waits to be read, and so little is taken without waiting, even where TLS
+            # makes it somewhat more.
+            await response.write(data)
             return
         writing = asyncio.ensure_future(response.write(data))
         unread = math.inf

@@ -176,8 +176,9 @@ def load(config: Path | None, flags: Mapping[str, object]) -> Settings:
     settings._room = _entries(settings.workers, folder)
     settings._config, settings._flags = config, given
     settings.named_sources()
-    settings._sources = _sources(placed, given, str(config))
-    settings._worker_sources = tuple(f"{config}:{place.line}:{place.column}" for place in placed.workers)
+    file_name = "" if config is None else config.name
+    settings._sources = _sources(placed, given, file_name)
+    settings._worker_sources = tuple(f"{file_name}:{place.line}:{place.column}" for place in placed.workers)
     return settings
 
 

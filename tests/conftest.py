@@ -10,3 +10,4 @@ def an_mdns_name_of_our_own(request: pytest.FixtureRequest, monkeypatch: pytest.
     namespaces have a network to themselves, and real processes on it."""
     if request.node.get_closest_marker("namespaces") is None:
         monkeypatch.setattr(wire, "SERVICE_TYPE", "_llm-test._tcp.local.")
+        monkeypatch.setattr(wire, "BALANCER_SERVICE_TYPE", "_llm-test-lb._tcp.local.")

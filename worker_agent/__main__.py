@@ -126,7 +126,7 @@ def join(
         typer.Argument(
             metavar="WHAT",
             help="What `balancer cluster invite` shows; - reads it from standard input. Or a balancer's"
-            " address, like http://192.168.1.10:4000."
+            " address, like http://192.168.1.10:4000.",
         ),
     ],
     engine: _Engine = None,

@@ -9,22 +9,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import ssl
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from ipaddress import ip_address
 from pathlib import Path
-
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    load_pem_private_key,
-)
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from worker_agent import private_files
 from worker_agent.private_files import FileFault
@@ -52,7 +39,9 @@ class Certificate:
         context.num_tickets = 0
         context.set_alpn_protocols(["http/1.1"])
         try:
-            context.load_cert_chain(self.path)
+            context.load_cert_chain(
+                self.path, password=""
+            )  # without one, an encrypted key has it ask the terminal
         except OSError as error:  # ssl.SSLError is one
             raise FileFault(f"the certificate in {self.path} cannot be used: {_reason(error)}") from None
         return context
@@ -63,47 +52,44 @@ def fingerprint_of(der: bytes) -> str:
     return hashlib.sha256(der).hexdigest()
 
 
-def made(names: Sequence[str] = (), addresses: Sequence[str] = (), years: int = YEARS) -> bytes:
-    """A new key (ECDSA P-256) and its certificate, as PEM. `names`, `addresses`: by which clients that verify
-    them call this machine."""
+def made() -> bytes:
+    """A new key (ECDSA P-256) and its certificate, as PEM."""
+    # Here and not above: needed once in a machine's life, and slow to load.
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, _NAME)])
     now = datetime.now(UTC)
-    builder = (
+    certificate = (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(subject)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - _A_DAY)
-        .not_valid_after(now + timedelta(days=365 * years))
+        .not_valid_after(now + timedelta(days=365 * YEARS))
         # No authority: who trusts it trusts this machine, and nothing that its key might sign.
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(key, hashes.SHA256())
     )
-    if others := _alternatives(names, addresses):
-        builder = builder.add_extension(x509.SubjectAlternativeName(others), critical=False)
-    certificate = builder.sign(key, hashes.SHA256())
     secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     return secret + certificate.public_bytes(Encoding.PEM)
 
 
-def _alternatives(names: Sequence[str], addresses: Sequence[str]) -> list[x509.GeneralName]:
-    called = [x509.DNSName(name) for name in dict.fromkeys(names)]
-    return [*called, *(x509.IPAddress(ip_address(address)) for address in dict.fromkeys(addresses))]
-
-
-def kept(
-    path: Path, names: Sequence[str] = (), addresses: Sequence[str] = (), years: int = YEARS
-) -> Certificate:
+def kept(path: Path) -> Certificate:
     """The certificate in this file, made where there is none. Raises `FileFault` for one that is not whole or
     not ours, and where it cannot be written."""
     try:
         with contextlib.suppress(FileNotFoundError):
             return _read(path)
         with contextlib.suppress(FileExistsError):  # somebody was faster: theirs is as good
-            private_files.write_new(path, made(names, addresses, years))
+            private_files.write_new(path, made())
         return _read(path)
     except OSError as error:
         raise FileFault(
@@ -114,17 +100,15 @@ def kept(
 def _read(path: Path) -> Certificate:
     data = private_files.read(path)
     try:
-        certificate = x509.load_pem_x509_certificate(data)
-        key = load_pem_private_key(data, password=None)
-        whole = key.public_key() == certificate.public_key()
-    except (ValueError, TypeError):
-        whole = False
-    if not whole:
+        _, begin, rest = data.decode().partition("-----BEGIN CERTIFICATE-----")
+        certificate = Certificate(path, fingerprint_of(ssl.PEM_cert_to_DER_cert(begin + rest)))
+        certificate.server_context()  # which compares the certificate with its key
+    except (ValueError, FileFault):
         raise FileFault(
             f"{path} holds no certificate with its key: remove it, and a new one is made, which balancers"
             " that knew the old one must be told to accept"
-        )
-    return Certificate(path, fingerprint_of(certificate.public_bytes(Encoding.DER)))
+        ) from None
+    return certificate
 
 
 def _reason(error: OSError) -> str:

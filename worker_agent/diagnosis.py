@@ -573,7 +573,7 @@ def _hindrance(stand: Stand, contact: Contact) -> tuple[Level, str, str] | None:
             Level.FAULT,
             "it shows another certificate than the one that it was met with: its data folder was emptied, or"
             " another machine has taken its name",
-            f"if it is yours: `balancer workers forget {contact.name}`, and it is met anew",
+            f"if it is yours: `balancer cluster forget {contact.name}`, and it is met anew",
         )
     if contact.proof is Proof.WRONG:
         return (

@@ -8,6 +8,7 @@ alone: nothing secret is said before it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import random
@@ -26,7 +27,7 @@ _LOG = logging.getLogger(__name__)
 _CONNECT_SECONDS = 10.0
 _HEAD_BYTES = 8192
 _FIRST_REST_SECONDS = 0.5
-_LONGEST_REST_SECONDS = 10.0
+_LONGEST_REST_SECONDS = 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +35,8 @@ class DialPolicy:
     spare: int = wire.SPARE_TUNNELS
     """Connections that wait at each balancer."""
     most: int = 32
-    """The same while requests come faster than connections are opened."""
-    soon_seconds: float = 1.0
-    """One that is used so soon after it was opened was waited for."""
+    """The same while requests come faster than connections are opened: one more for each that is used while
+    less than half of the spare ones wait."""
     idle_seconds: float = 360.0
     """For so long one may wait. A balancer gives it up before that (after five minutes): it alone can know
     that no request is on its way."""
@@ -94,8 +94,10 @@ class _Lines:
         self._policy = policy
         self._tasks = tasks
         self._keeping = 0
+        self._waiting = 0
         self._said: str | None = None
         """What the log said last: a trouble, or that there is none."""
+        self._works = asyncio.Event()
 
     def another(self) -> None:
         """One more connection that waits."""
@@ -112,25 +114,25 @@ class _Lines:
                 except CannotDial as trouble:
                     failures += 1
                     self._say(str(trouble))
-                    await asyncio.sleep(rest_seconds(failures, random.random()))
+                    await self._rest(failures)
                     continue
                 self._say("")
                 opened = asyncio.get_running_loop().time()
                 was_used = await self._serve(sock)
                 waited = asyncio.get_running_loop().time() - opened
                 failures = 0 if was_used or waited > _LONGEST_REST_SECONDS else failures + 1
-                if not was_used and failures:  # a balancer that hangs up at once is not asked at once again
+                if failures:  # a balancer that hangs up at once is not asked at once again
                     await asyncio.sleep(rest_seconds(failures, random.random()))
-                if was_used and waited < self._policy.soon_seconds:
-                    if self._keeping < self._policy.most:
-                        self.another()
-                elif self._keeping > self._policy.spare:
+                if self._waiting >= self._policy.spare:
                     return
+                if was_used and self._waiting < self._policy.spare // 2 and self._keeping < self._policy.most:
+                    self.another()
         finally:
             self._keeping -= 1
 
     async def _serve(self, sock: socket.socket) -> bool:
         """Whether the connection was used before it ended."""
+        self._waiting += 1
         try:
             async with asyncio.timeout(self._policy.idle_seconds):
                 used = await _speaks(sock)
@@ -139,6 +141,8 @@ class _Lines:
         except BaseException:
             sock.close()
             raise
+        finally:
+            self._waiting -= 1
         if not used:
             sock.close()
             return False
@@ -149,9 +153,16 @@ class _Lines:
             sock.close()
         return True
 
+    async def _rest(self, failures: int) -> None:
+        """Until the next try, or until another connection came about."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(rest_seconds(failures, random.random())):
+                await self._works.wait()
+
     def _say(self, trouble: str) -> None:
         if trouble == self._said:
             return
+        (self._works.clear if trouble else self._works.set)()
         if trouble:
             _LOG.warning("cannot open a tunnel to %s: %s; trying on", self._url, trouble)
         else:

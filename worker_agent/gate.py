@@ -290,6 +290,7 @@ class Gate:
             )
         new = await _parsed(request, wire.parse_new_key)
         async with self._keeping:
+            self.insist(request)  # still: another balancer's key may have come first, and ended this session
             try:
                 await asyncio.to_thread(self._key.keep, new.key)
             except FileFault as fault:
@@ -314,6 +315,8 @@ class Gate:
             self._code = _Code(key)
             self._tell(handshake.shown_code(letters))
             await self._woken_within(self._policy.code_seconds)
+            if self._key.value is not None:
+                return
             guessed, self._code = self._code is None, None
             if not guessed:
                 rest = self._policy.rest_seconds

@@ -412,12 +412,13 @@ def _check_messages(messages: list[Json]) -> None:
         raise BadRequest(f"'messages' has {len(messages)} entries, at most {MAX_MESSAGES}.", param="messages")
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
-        if message.get("role") not in ROLES:
+        role = message.get("role")
+        if not isinstance(role, str) or role not in ROLES:
             roles = ", ".join(sorted(ROLES))
             raise BadRequest(f"'{where}.role' must be one of {roles}.", param=f"{where}.role")
         content = message.get("content")
         if content is None:
-            if message["role"] != "assistant":
+            if role != "assistant":
                 raise BadRequest(f"'{where}.content' is missing.", param=f"{where}.content")
         elif isinstance(content, list) and len(content) > MAX_PARTS:
             raise BadRequest(

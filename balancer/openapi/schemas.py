@@ -15,7 +15,7 @@ from balancer.access import Permission
 from balancer.batch.presets import MAX_PROMPTS, Preset
 from balancer.core.model import Endpoint
 from balancer.dialects import openai
-from worker_agent.wire import Join
+from worker_agent.wire import WIRE_VERSION, Join
 
 Schema = dict[str, Any]
 
@@ -164,7 +164,7 @@ def asked(endpoint: Endpoint) -> Schema:
     required = openai.REQUIRED[endpoint]
     properties = {name: nullable(one) for name, one in {**FIELDS[endpoint], **FOR_US}.items()}
     properties["model"] = {"type": "string", "minLength": 1, "maxLength": 256}
-    properties[required] = FIELDS[endpoint][required]
+    properties[required] = {**FIELDS[endpoint][required], "minLength": 1, "minItems": 1}
     schema: Schema = {"type": "object", "properties": properties, "required": ["model", required]}
     if "stream_options" in properties:
         schema["if"] = {"properties": {"stream_options": OBJECT}, "required": ["stream_options"]}
@@ -449,5 +449,5 @@ def components() -> dict[str, Schema]:
         named |= {**more, name: schema}
     # Its own rule, which the model checks after its fields so that the sentence is a better one.
     named["Preset"]["properties"]["prompts"] |= {"minItems": 1, "maxItems": MAX_PROMPTS}
-    named["Join"]["properties"]["id"] = WORD
+    named["Join"]["properties"] |= {"id": WORD, "wire": {"const": WIRE_VERSION}}
     return named

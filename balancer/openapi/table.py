@@ -13,7 +13,7 @@ from balancer.audit import MAX_LISTED
 from balancer.core.model import Endpoint
 from balancer.openapi import schemas
 from balancer.openapi.schemas import Schema
-from worker_agent.wire import JOIN_PATH
+from worker_agent.wire import AGENT_HEADER, JOIN_PATH, TAG_HEADER, TUNNEL_PATH, TUNNEL_PROTOCOL
 
 
 class Plane(StrEnum):
@@ -170,6 +170,19 @@ def _cluster() -> Iterable[Operation]:
         body=schemas.ref("Join"),
         answers={200: schemas.JOINED},
         refusals=frozenset({409}),
+    )
+    yield Operation(
+        method="GET",
+        path=TUNNEL_PATH,
+        plane=Plane.CLUSTER,
+        summary="An agent that cannot be reached offers a connection, by an HTTP upgrade",
+        answers={101: None},
+        refusals=frozenset({429}),
+        parameters=(
+            Parameter(name="Upgrade", where="header", schema={"const": TUNNEL_PROTOCOL}),
+            Parameter(name=AGENT_HEADER, where="header", schema=schemas.STRING, text="Its id, URL-encoded."),
+            Parameter(name=TAG_HEADER, where="header", schema=schemas.STRING, text="The tag of its key."),
+        ),
     )
 
 

@@ -147,10 +147,10 @@ async def _within(
     return await handler(request)
 
 
-def within_sessions() -> aiohttp.ClientSession:
-    """A client of agents that run as processes and were met."""
+def within_sessions(seconds: float = 60) -> aiohttp.ClientSession:
+    """A client of agents that run as processes and were met; gives up after so long."""
     return aiohttp.ClientSession(
-        timeout=aiohttp.ClientTimeout(total=60),
+        timeout=aiohttp.ClientTimeout(total=seconds),
         connector=aiohttp.TCPConnector(ssl=False),
         middlewares=(_within,),
     )

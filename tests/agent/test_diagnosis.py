@@ -292,7 +292,7 @@ def test_macos_denies_the_local_network_by_saying_that_there_is_no_way():
     ("change", "level", "says"),
     [
         ({"proof": Proof.WRONG}, Level.FAULT, "`balancer cluster invite`"),
-        ({"is_other_certificate": True}, Level.FAULT, "`balancer workers forget studio`"),
+        ({"is_other_certificate": True}, Level.FAULT, "`balancer cluster forget studio`"),
         ({"by_code": True}, Level.WARNING, "`balancer workers approve studio CODE`"),
         ({"state": "failed", "detail": "no memory"}, Level.WARNING, "worker-agent doctor"),
     ],

@@ -309,14 +309,14 @@ def test_all_sessions_but_one_end_together(begun: list[tuple[str, str]], kept: s
 @contextlib.asynccontextmanager
 async def pending(
     key: ClusterKey, policy: GatePolicy | None = None
-) -> AsyncIterator[tuple[Scene, list[str]]]:
-    """An agent without a key, and the codes that it has shown."""
+) -> AsyncIterator[tuple[Scene, list[str], asyncio.Task[None]]]:
+    """An agent without a key, the codes that it has shown, and what shows them."""
     shown: list[str] = []
     gate = Gate(AGENT, key, PLAIN, policy, show=lambda text: shown.append(text.rpartition(" ")[2]))
     async with scene_of(gate) as scene, asyncio.TaskGroup() as tasks:
         showing = tasks.create_task(gate.show_codes())
         await until(lambda: shown)
-        yield scene, shown
+        yield scene, shown, showing
         showing.cancel()
 
 
@@ -324,9 +324,11 @@ def by_code(scene: Scene, code: str) -> Met:
     return Met(scene.client, scene.url, handshake.key_of_code(code, AGENT, PLAIN))
 
 
-async def test_who_types_the_code_gives_the_agent_its_key(tmp_path: Path) -> None:
+async def test_who_types_the_code_gives_the_agent_its_key(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     key = ClusterKey(None, tmp_path / "cluster_key")
-    async with pending(key) as (scene, shown):
+    async with pending(key) as (scene, shown, showing):
         assert (scene.gate.tag, (await scene.balancer().hello()).by) == ("", wire.ProvenBy.CODE)
         other = by_code(scene, shown[0].lower().replace("-", " ")).another("other")
         await other.meet()
@@ -339,13 +341,15 @@ async def test_who_types_the_code_gives_the_agent_its_key(tmp_path: Path) -> Non
         assert (await scene.balancer().hello()).by is wire.ProvenBy.KEY
         assert (await by_code(scene, shown[0]).prove(balancer.transcript(await balancer.hello())))[0] == 403
         assert scene.gate.tag == handshake.cluster_tag(KEY)
+        await until(showing.done)
+    assert "guessed" not in caplog.text
     assert cluster_key.found(tmp_path, None).value == KEY
     assert (tmp_path / "cluster_key").stat().st_mode & 0o777 == 0o600
     assert len(shown) == 1
 
 
 async def test_a_code_is_good_for_a_few_guesses(caplog: pytest.LogCaptureFixture) -> None:
-    async with pending(ClusterKey(None, None), GatePolicy(rest_seconds=0)) as (scene, shown):
+    async with pending(ClusterKey(None, None), GatePolicy(rest_seconds=0)) as (scene, shown, _):
         wrong = by_code(scene, "2222-2222")
         for _ in range(5):
             said = wrong.transcript(await wrong.hello())
@@ -359,7 +363,11 @@ async def test_a_code_is_good_for_a_few_guesses(caplog: pytest.LogCaptureFixture
 
 
 async def test_between_two_codes_there_is_none() -> None:
-    async with pending(ClusterKey(None, None), GatePolicy(wrong_codes=1, rest_seconds=60)) as (scene, shown):
+    async with pending(ClusterKey(None, None), GatePolicy(wrong_codes=1, rest_seconds=60)) as (
+        scene,
+        shown,
+        _,
+    ):
         wrong = by_code(scene, "2222-2222")
         await wrong.prove(wrong.transcript(await wrong.hello()))
         right = by_code(scene, shown[0])
@@ -368,7 +376,7 @@ async def test_between_two_codes_there_is_none() -> None:
 
 
 async def test_a_code_that_nobody_types_is_replaced() -> None:
-    async with pending(ClusterKey(None, None), GatePolicy(code_seconds=0.05)) as (_, shown):
+    async with pending(ClusterKey(None, None), GatePolicy(code_seconds=0.05)) as (_, shown, _):
         await until(lambda: len(shown) >= 3)
     assert len(set(shown)) == len(shown)
 

@@ -159,7 +159,7 @@ async def test_a_worker_is_drained_and_removed_by_keyboard_after_a_question(open
 
 
 async def test_a_broken_configuration_is_shown_by_line_and_column(open_room: OpenRoom, page: Page):
-    async with FakeEngine() as engine, open_room(engine) as room:
+    async with FakeEngine() as engine, open_room(engine, watch_config=True) as room:
         await sign_in(page, room)
         room.config.write_text('{"workers": [\n  {"id": 5}\n]}')
         faults = await page.until(f"{texts('#faults li')}.length && {texts('#faults li')}")

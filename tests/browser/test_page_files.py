@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import webbrowser
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import aiohttp
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
+from typer.testing import CliRunner
 
+from balancer.__main__ import app
 from balancer.dashboard.routes import CONTENT_POLICY, page_routes, page_url
 
 STATIC = Path(__file__).parents[2] / "balancer" / "dashboard" / "static"
@@ -118,3 +121,16 @@ def test_each_name_that_a_script_looks_up_is_in_the_page():
 def test_the_address_that_signs_in_hides_the_key_where_nobody_is_sent_it():
     url = page_url("http://127.0.0.1:4000", "a+b/c #d&token=e")
     assert url == "http://127.0.0.1:4000/ui#token=a%2Bb%2Fc%20%23d%26token%3De"
+
+
+def test_the_command_prints_that_address_and_opens_the_page_without_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    opened: list[str] = []
+    monkeypatch.setattr(webbrowser, "open", opened.append)
+    (tmp_path / "key").write_text("the-admin-key-of-this-test\n")
+    words = ["ui", "--url", "http://127.0.0.1:4001/v1", "--admin-key-file", str(tmp_path / "key"), "--open"]
+    told = CliRunner().invoke(app, words)
+    assert told.exit_code == 0, told.output
+    assert told.output == "http://127.0.0.1:4001/ui#token=the-admin-key-of-this-test\n"
+    assert opened == ["http://127.0.0.1:4001/ui"]

@@ -71,7 +71,7 @@ async def test_a_saved_file_is_applied_as_the_difference_to_what_was(scene: Scen
     assert (scene.put, scene.waits) == ([["a", "b"]], [2.0])
     assert "settings changed: max_wait" in caplog.text
     assert scene.live.shown()["settings"]["max_wait"] == 2.0
-    assert scene.live.shown()["sources"]["max_wait"].startswith(f"{scene.file}:1:")
+    assert scene.live.shown()["sources"]["max_wait"].startswith("balancer.json:1:")
 
 
 async def test_what_only_a_restart_changes_is_told_and_not_shown_as_in_force(scene: Scene, caplog):
@@ -160,11 +160,11 @@ def test_every_setting_knows_where_its_value_comes_from(tmp_path: Path, monkeypa
     assert {
         name: settings.source_of(name) for name in ("port", "max_queue", "mdns", "host", "max_retries")
     } == {
-        "port": f"{file}:2:3",
+        "port": "f.json:2:3",
         "max_queue": "BALANCER_MAX_QUEUE",
         "mdns": "--no-mdns",
         "host": "default",
         "max_retries": "default",
     }
-    assert settings.worker_sources == (f"{file}:6:2",)
+    assert settings.worker_sources == ("f.json:6:2",)
     assert isinstance(settings.room[0], Entry)

@@ -331,3 +331,39 @@ def test_a_slower_worker_with_equal_room_is_picked_less_by_the_users_formula():
         room.end(ticket, seconds=1.0 if name == "fast" else 10.0)
     expected = (0.4 + 0.4 + 0.2 * 0.1) / (1.0 + 0.82)  # of the formula's two weights, the slow one's share
     assert abs(counts["slow"] / 2000 - expected) < 0.04
+
+
+@pytest.mark.parametrize("policy", ["weighted_random", "least_loaded", "round_robin"])
+def test_another_policy_is_adopted_with_all_who_wait_and_run(policy):
+    room = Room("least_loaded", admission=AdmissionPolicy(max_waiting=2)).with_worker("a", "m", cap=1)
+    room.arrive(1)
+    assert room.arrive(2) == room.arrive(3) == []
+    room.dispatcher.adopt(
+        DispatchPolicy(placement=PlacementPolicy(policy), admission=AdmissionPolicy(max_waiting=1))
+    )
+    assert refused(room.arrive(4)) == [Refusal.QUEUE_FULL]
+    assert granted(room.end(1)) == [(2, "a")]
+    assert granted(room.end(2)) == [(3, "a")]
+    room.dispatcher.adopt(
+        DispatchPolicy(placement=PlacementPolicy(policy), admission=AdmissionPolicy(max_waiting=2))
+    )
+    assert room.arrive(5) == room.arrive(6) == []
+    assert room.view("a").running == 1
+
+
+def test_what_is_learned_stays_when_a_policy_is_adopted():
+    room = Room("expected_latency").with_worker("a", "m", cap=1)
+    room.arrive(1)
+    room.end(1, verdict=Verdict.BAD)
+    before = room.view("a").success_rate
+    weights = {"reliability": 1.0, "expected_latency": 2.0}
+    room.dispatcher.adopt(DispatchPolicy(placement=PlacementPolicy("expected_latency", weights)))
+    assert room.view("a").success_rate == before < 1
+    assert granted(room.arrive(2)) == [(2, "a")]
+
+
+def test_a_policy_that_estimates_and_one_that_does_not_cannot_take_over_from_each_other():
+    room = Room("least_loaded").with_worker("a", "m")
+    with pytest.raises(ValueError):
+        room.dispatcher.adopt(DispatchPolicy(placement=PlacementPolicy("expected_latency")))
+    assert granted(room.arrive(1)) == [(1, "a")]

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from balancer.cluster import MAX_STRANGERS, WARNINGS_AT_ONCE, Cluster, NoSuchPending, NotApproved
-from balancer.core.model import Worker, WorkerId
+from balancer.core.model import Endpoint, ModelName, Probe, Ticket, Verdict, Worker, WorkerId
 from balancer.keys import CannotRotate, ClusterKeys, KeyFault
 from balancer.meeting import (
     NO_KEY_HELD,
@@ -29,7 +29,10 @@ from balancer.meeting import (
     session_of,
 )
 from balancer.pins import MAX_PINS, Memory, Pins
-from balancer.upstream import Answer, OtherCertificate, TimeoutPolicy, Upstream
+from balancer.relay import Relay
+from balancer.upstream import Answer, OtherCertificate, TimeoutPolicy, Unreachable, Upstream, Way
+from tests.fakes.agent_gate import KEY as AGENT_KEY
+from tests.fakes.engine import FakeEngine
 from tests.fakes.met_agent import KEY, MetAgent
 from worker_agent import certificate, wire
 from worker_agent.handshake import Role, Transcript, cluster_tag, parse_invitation
@@ -354,6 +357,40 @@ async def test_a_key_of_the_settings_is_not_changed(room):
 async def test_an_invitation_holds_what_a_machine_needs(room):
     invitation = parse_invitation(room.cluster.invitation(["192.168.1.10:4000"]))
     assert (invitation.key, invitation.balancers) == (KEY, ("192.168.1.10:4000",))
+
+
+# Requests go within the session
+
+
+async def test_a_request_goes_to_who_was_met_and_one_who_has_forgotten_is_blamed_for_nothing_else(room):
+    """Not met, met, started again: nothing of a request is looked at without a session."""
+    strangers: list[Worker] = []
+
+    def way_to(worker: Worker) -> Way:
+        if (way := room.cluster.way(worker)) is None:
+            raise Unreachable("it is yet to be met")
+        return way
+
+    def stranger(worker: Worker) -> None:
+        strangers.append(worker)
+        room.cluster.drop(worker)
+
+    clock = asyncio.get_running_loop().time
+    room.started(AGENT_KEY)
+    async with FakeEngine(agent_id="a") as engine:
+        agent = Worker(id=WorkerId("a"), type="agent", url=engine.url)
+        relay = Relay(room.upstream, clock, way_to, on_stranger=stranger)
+        probe = Probe(Ticket(1), agent, Endpoint.CHAT, ModelName("fake"))
+        assert (await relay.probe(probe)).unreachable
+        await room.cluster.meet(agent)
+        assert (await relay.probe(probe)).verdict is Verdict.GOOD
+        arrived = len(engine.requests)
+        engine.gate.forget()
+        assert (await relay.probe(probe)).unreachable
+        assert strangers == [agent]
+        assert len(engine.requests) == arrived
+        await room.cluster.meet(agent)
+        assert (await relay.probe(probe)).verdict is Verdict.GOOD
 
 
 # What agents answer: pure ...

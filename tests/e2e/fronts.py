@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -82,9 +83,12 @@ class Served:
     inference: FakeInference
     port: int
     opened: list[asyncio.StreamWriter] = field(default_factory=list)
+    is_secure: bool = False
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=2**20)
+        reader, writer = await asyncio.open_connection(
+            "127.0.0.1", self.port, limit=2**20, ssl=_trusting_all() if self.is_secure else None
+        )
         self.opened.append(writer)
         return reader, writer
 
@@ -115,6 +119,12 @@ class Served:
                 await asyncio.sleep(0.005)
 
 
+def _trusting_all() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
 def unreachable(*_: object) -> Never:
     raise AssertionError("a route beside inference was called")
 
@@ -126,12 +136,14 @@ async def serving(
     body_seconds: float = 30.0,
     snapshot: Callable[[], Snapshot] = unreachable,
     join: Callable[[Join, str], None] = unreachable,
+    tls: ssl.SSLContext | None = None,
+    slow_reader_seconds: float = 60.0,
 ) -> AsyncIterator[Served]:
     inference = FakeInference(inference_policy or InferencePolicy())
     clock = asyncio.get_running_loop().time
     front = Front(
         inference,
-        FrontPolicy(body_seconds=body_seconds),
+        FrontPolicy(body_seconds=body_seconds, slow_reader_seconds=slow_reader_seconds),
         snapshot=snapshot,
         join=join,
         metrics=None,
@@ -149,8 +161,8 @@ async def serving(
         ).application(),
     )
     application: web.Application = front.application()
-    async with HttpServer(inference, application, Origins(OriginPolicy()), policy) as server:
-        served = Served(server, inference, await server.listen("127.0.0.1", 0))
+    async with HttpServer(inference, application, Origins(OriginPolicy()), policy, tls) as server:
+        served = Served(server, inference, await server.listen("127.0.0.1", 0), is_secure=tls is not None)
         try:
             yield served
         finally:

@@ -7,6 +7,7 @@ Nobody types an address unless a scene says so.
 from __future__ import annotations
 
 import asyncio
+import random
 import re
 import signal
 import socket
@@ -19,6 +20,7 @@ from typing import Any
 
 import aiohttp
 import orjson
+import psutil
 import pytest
 from aiohttp import web
 from zeroconf import DNSAddress, DNSOutgoing, DNSPointer, DNSService, DNSText, const
@@ -147,10 +149,8 @@ class Cluster:
 
 
 async def whole(response: aiohttp.ClientResponse) -> bool:
-    """Whether a stream came to its own end; of one that did not, the last words are printed."""
-    text = (await response.content.read()).rstrip()
-    print(text[-600:].decode(errors="replace"))
-    return text.endswith(b"data: [DONE]")
+    """Whether a stream came to its own end."""
+    return (await response.content.read()).rstrip().endswith(b"data: [DONE]")
 
 
 @pytest.fixture
@@ -243,8 +243,10 @@ async def test_one_that_leaves_without_a_word_is_lost_by_its_silence(cluster: Cl
 
 
 async def test_an_agent_that_moves_to_another_address_is_the_same_worker(cluster: Cluster):
-    async with cluster.agent(0, "run"), cluster.agent(1, "run"):
+    async with cluster.agent(0, "run") as one, cluster.agent(1, "run") as two:
         before = await cluster.until_ready("one", "two")
+        for agent in (one, two):
+            await agent.until_it_says("continues answers")
         async with AsyncExitStack() as stack:
             streams = [await stack.enter_async_context(cluster.streaming(300)) for _ in range(2)]
             cluster.agent_hosts[0].gain_address("10.77.0.22")
@@ -569,3 +571,54 @@ async def insist_on_a_closed_door(cluster: Cluster) -> None:
             async with cluster.http.request(method, agent + path, headers=headers, ssl=False) as answer:
                 told = await answer.json()
                 assert (answer.status, told["error"]["code"]) == (401, wire.SESSION_UNKNOWN), path
+
+
+# ... or who shouts
+
+FLOOD_NAMES = 10_000
+FLOOD_A_SECOND = 1_000
+FLOOD_BYTES = 40 * 2**20
+"""More than before, at most, of the balancer's and of the agent's memory: twice what RELIABILITY allows, since
+what a process holds is not the same twice."""
+
+
+async def test_a_flood_of_names_and_of_nonsense_stays_within_bounds(cluster: Cluster):
+    """M6d: ten thousand agents that are none, a thousand a second, with our own tag so that they are worth a
+    try; every tenth packet is broken besides."""
+    async with cluster.agent(0, "run") as one:
+        await cluster.until_ready("one")
+        assert await cluster.chat() == "one"
+        processes = [psutil.Process(cluster.balancer.process.pid), psutil.Process(one.process.pid)]
+        before = [process.memory_info().rss for process in processes]
+        worked = [process.cpu_times() for process in processes]
+        began = now()
+        await flood(cluster.other)
+        took = now() - began
+        for process, rss, times in zip(processes, before, worked, strict=True):
+            cpu = process.cpu_times()
+            share = (cpu.user + cpu.system - times.user - times.system) / took
+            more = process.memory_info().rss - rss
+            print(f"\n{process.name()}: {more / 2**20:+.1f} MiB, {share:.0%} of a core in {took:.1f} s")
+            assert more < FLOOD_BYTES
+        assert (await cluster.workers()).keys() == {"one"}
+        assert await cluster.chat() == "one"
+        assert len(cluster.balancer.text()) < 256 * 1024
+        assert "Traceback" not in cluster.balancer.text()
+
+
+async def flood(host: Host) -> None:
+    dice, loop = random.Random(6), asyncio.get_running_loop()
+    with host.member_of(*MDNS) as mouth:
+        mouth.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(host.address))
+        began = now()
+        for number in range(FLOOD_NAMES):
+            packet = override(f"bait-{number}", host.address)
+            await loop.sock_sendto(mouth, packet, MDNS)
+            if number % 10 == 0:
+                broken = bytearray(packet)
+                for _ in range(8):
+                    broken[dice.randrange(len(broken))] = dice.randrange(256)
+                await loop.sock_sendto(mouth, bytes(broken), MDNS)
+            ahead = number / FLOOD_A_SECOND - (now() - began)
+            if ahead > 0:
+                await asyncio.sleep(ahead)

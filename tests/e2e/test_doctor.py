@@ -1,6 +1,6 @@
 """The network doctor on hosts of a room: each scene breaks one thing, and the doctor names it.
 
-The balancer is real, and so is the agent; it runs no engine, since nobody asks it for answers here.
+Balancer and agent are the real ones, each on a host of its own.
 """
 
 from __future__ import annotations

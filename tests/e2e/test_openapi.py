@@ -18,6 +18,7 @@ from schemathesis.checks import load_all_checks, not_a_server_error
 from schemathesis.config import SchemathesisConfig
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
+    negative_data_rejection,
     response_headers_conformance,
     response_schema_conformance,
     status_code_conformance,
@@ -31,6 +32,7 @@ from balancer.openapi.table import FOR_BROWSERS, OPERATIONS
 from balancer.orders import Nothing
 from tests.e2e.conftest import OpenRoom
 from tests.e2e.rooms import ThreadedRoom, application_of, routes, threaded_room
+from worker_agent.wire import TUNNEL_PATH
 
 PUBLISHED = Path(__file__).parents[2] / "configs" / "openapi.json"
 
@@ -49,7 +51,7 @@ async def test_every_route_is_described_and_nothing_else(open_room: OpenRoom):
     async with open_room() as room:
         found = {one for one in routes(application_of(room.balancer)) if is_api(one[1])}
         heads = {path for method, path in found if method == "HEAD"}
-        assert heads == {path for method, path in found if method == "GET"}
+        assert heads == {path for method, path in found if method == "GET"} - {TUNNEL_PATH}
         assert {one for one in found if one[0] != "HEAD"} == described
         assert {("POST", endpoint.value) for endpoint in Endpoint} <= described
         async with room.http.get(f"{room.url}/openapi.json") as response:
@@ -177,8 +179,24 @@ def test_the_balancer_answers_as_it_is_described(case: Case, room: ThreadedRoom)
             content_type_conformance,
             response_headers_conformance,
             response_schema_conformance,
+            negative_data_rejection,
         ],
     )
+
+
+FOUND = (
+    ("/v1/chat/completions", b'{"model": "fake", "messages": [{"role": {}}]}'),
+    ("/v1/chat/completions", b'{"model": "fake", "messages": [{"role": [], "content": "x"}]}'),
+)
+"""What schemathesis has found, by requests that were answered with a 500."""
+
+
+@pytest.mark.parametrize(("path", "body"), FOUND)
+def test_what_was_once_a_defect_is_refused(room: ThreadedRoom, path: str, body: bytes):
+    headers = {"Content-Type": "application/json"}
+    told = requests.post(f"{room.url}{path}", data=body, headers=headers, timeout=20)
+    assert told.status_code == 400
+    assert told.json()["error"]["param"] == "messages[0].role"
 
 
 def test_the_room_is_whole_after_all_that(room: ThreadedRoom):

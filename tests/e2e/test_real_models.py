@@ -36,8 +36,10 @@ def gguf() -> Path:
 
 
 @asynccontextmanager
-async def agent(room: Room, tmp_path: Path, **variables: str) -> AsyncIterator[Command]:
-    """It has its first model loaded, and another one on disk."""
+async def agent(
+    room: Room, tmp_path: Path, *, ready: bool = True, **variables: str
+) -> AsyncIterator[Command]:
+    """It has its first model loaded, and another one on disk. `ready`: and is a worker."""
     config = tmp_path / "agent.json"
     first = {"model": str(gguf()), "name": "smollm2-135m-instruct"}
     config.write_text(json.dumps({**first, "models": {"second": {"path": str(gguf())}}}))
@@ -47,7 +49,8 @@ async def agent(room: Room, tmp_path: Path, **variables: str) -> AsyncIterator[C
         *("--slots", "1", "--context-tokens", "1024", "--config", str(config)),
     )
     async with command(*words, output=tmp_path / "mac.log", home=tmp_path, **variables) as running:
-        await room.ready()
+        if ready:
+            await room.ready()
         running.look()
         yield running
 
@@ -120,18 +123,24 @@ def list_of(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize(
-    ("variables", "code"),
-    [({}, "has no cluster key"), ({"WORKER_AGENT_CLUSTER_KEY": "another-key-altogether"}, "does not prove")],
+    ("variables", "where"),
+    [({}, "pending"), ({"WORKER_AGENT_CLUSTER_KEY": "another-key-altogether"}, "turned_away")],
 )
-async def test_an_agent_without_our_key_does_nothing_for_us(
-    open_room: OpenRoom, tmp_path: Path, variables: dict[str, str], code: str
+async def test_an_agent_without_our_key_is_no_worker_of_ours(
+    open_room: OpenRoom, tmp_path: Path, variables: dict[str, str], where: str
 ):
-    async with open_room() as room, agent(room, tmp_path, **variables):
-        await until(room, "second", "unloaded")
-        status, told = await room.admin("POST", "/models/load", {"model": "second"})
-        assert (status, code in told["error"]["message"]) == (409, True), said(told)
-        assert "WORKER_AGENT_CLUSTER_KEY" in told["error"]["message"]
-        assert await state_of(room, "second") == "unloaded"
+    async def is_told_of() -> bool:
+        _, told = await room.admin("GET", "/cluster")
+        return [one["id"] for one in told[where]] == ["mac"]
+
+    async with open_room() as room, agent(room, tmp_path, ready=False, **variables):
+        async with asyncio.timeout(60):
+            while not await is_told_of():
+                await asyncio.sleep(0.1)
+        assert room.balancer.snapshot().workers == ()
+        order = {"model": "second", "worker": "mac"}
+        status, told = await room.admin("POST", "/models/load", order)
+        assert status == 404, said(told)
 
 
 async def test_up_manages_the_models_of_its_own_agent_without_a_word(tmp_path: Path):

@@ -164,7 +164,12 @@ async def test_a_llama_cpp_without_an_agent_tells_its_slots_and_what_it_holds(op
             assert all(answer.choices[0].message.content for answer in answers)
             # Who asks it past us is seen too.
             told: list[Event] = []
-            watches = Watches(tell=told.append, session=room.http, policy=WatchPolicy(interval_seconds=0.2))
+            watches = Watches(
+                tell=told.append,
+                session=room.http,
+                agents=room.balancer.cluster,
+                policy=WatchPolicy(interval_seconds=0.2),
+            )
             body = {"messages": QUESTION, "max_tokens": 900, "stream": True}
             key = {"Authorization": "Bearer k"}
             async with room.http.post(room.worker("bare").worker.url + CHAT, json=body, headers=key):

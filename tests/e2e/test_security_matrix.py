@@ -21,6 +21,7 @@ from tests.e2e.conftest import OpenRoom, Room
 from tests.e2e.fronts import Answer, answers
 from tests.e2e.rooms import application_of, routes
 from tests.fakes.engine import FakeEngine
+from worker_agent.sources import Sources
 from worker_agent.wire import JOIN_PATH, SESSION_HEADER, TUNNEL_PATH
 
 NO_HTTP = "BREW"
@@ -386,6 +387,31 @@ async def test_every_route_lets_in_who_it_should_and_nobody_else(
             lets_in = 2 if auth == "keys" else len(EVERYBODY) - len(ALWAYS_OUT)
             answered = sum(request.is_inference for request in engine.requests) - asked_before
             assert answered == len(Endpoint) * lets_in
+
+
+class Nobody(Sources):
+    """Every address is a stranger's."""
+
+    def admit(self, address: str) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("hot_path", [True, False], ids=["hot", "aiohttp"])
+async def test_from_an_address_that_is_not_served_nothing_is_answered(open_room: OpenRoom, hot_path: bool):
+    """With every key that there is, forwarded from whomever it says."""
+    async with FakeEngine(tokens=2) as engine, open_room(engine, hot_path=hot_path) as room:
+        found = routes(application_of(room.balancer))
+        own = await credentials(room)
+        forwarded = {"X-Forwarded-For": "127.0.0.1", "X-Real-IP": "127.0.0.1", "Forwarded": "for=127.0.0.1"}
+        strangers = [NOBODY, Who("all keys", lambda own: {**everything(own), **forwarded}), OWN_PAGE]
+        inference = room.balancer._inference
+        inference.adopt(replace(inference.policy, sources=Nobody()))
+        asked = sum(request.is_inference for request in engine.requests)
+        paths = sorted({path for _, path in found} | set(NOWHERE))
+        for path, method, who in itertools.product(paths, METHODS, strangers):
+            answer = await ask(room.balancer.port, Cell(method, path, who, (method, path) in found), own)
+            assert answer.status == (400 if method == NO_HTTP else 403), (method, path, who.name)
+        assert sum(request.is_inference for request in engine.requests) == asked
 
 
 ALWAYS_OUT = (EVIL_HOST, EVIL_PAGE, CROSS_SITE, NULL_PAGE, TEXT, FORM)

@@ -12,8 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 from agent.conftest import RunningAgent
+from agent.meeting import meet_process
 
 from tests.e2e.conftest import open_room
+from tests.fakes.agent_gate import KEY
 
 __all__ = ["open_room"]
 
@@ -35,7 +37,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def environment(**more: str) -> dict[str, str]:
     """Ours, for a Python of another environment: this checkout is importable there, no hub is asked."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith("WORKER_AGENT_")}
-    return {**ours, "PYTHONPATH": str(CHECKOUT), "HF_HUB_OFFLINE": "1", **more}
+    shared = {"HF_HUB_OFFLINE": "1", "WORKER_AGENT_CLUSTER_KEY": KEY}
+    return {**ours, "PYTHONPATH": str(CHECKOUT), **shared, **more}
 
 
 def start_agent(
@@ -46,18 +49,20 @@ def start_agent(
     variables: Mapping[str, str],
     more: Sequence[str],
 ) -> RunningAgent:
-    """`worker-agent run` by the Python that has the engine, as a user's environment has both."""
+    """`worker-agent run` by the Python that has the engine, as a user's environment has both; it is met."""
     command = [
         *(str(python), "-m", "worker_agent", "run", "--engine", engine),
         *(() if model is None else ("--model", str(model))),
         *("--host", "127.0.0.1", "--port", "0", "--no-mdns", "--data-dir", str(data_dir)),
         *("--log-level", "debug", *more),
     ]
-    return RunningAgent(
+    agent = RunningAgent(
         subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment(**variables)
         )
     )
+    meet_process(agent.port, KEY)
+    return agent
 
 
 def engines_of(agent: RunningAgent) -> list[psutil.Process]:

@@ -18,6 +18,7 @@ from typing import Any
 import aiohttp
 import pytest
 from agent.conftest import RunningAgent, end_agent
+from agent.meeting import within_sessions
 from agent.scenes import alive, until
 
 from tests.engines import chats
@@ -27,7 +28,6 @@ from tests.engines.engines import REAL_ENGINES, LongPrompts, RealEngine
 from worker_agent import wire
 from worker_agent.continuation import SEAM_CHARACTERS
 from worker_agent.engines import ENGINES
-from worker_agent.handshake import prove
 from worker_agent.wire import EngineState, ModelOrder, ModelState, Report, ServedModel
 
 pytestmark = pytest.mark.timeout(900)
@@ -40,8 +40,6 @@ SEAMS = (3, 8, 15, 22, 30)
 """After so many pieces of an answer."""
 SENTENCE = "The quick brown fox jumps over the lazy dog. "
 """Ten tokens."""
-KEY = "a key that is long enough"
-"""The cluster's."""
 LONG_ANSWER = 1500
 """Tokens: half a minute and more of any engine here."""
 
@@ -65,8 +63,7 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     bounds = ("--slots", str(row.slots), "--context-tokens", str(row.context_tokens), "--threads", "1")
     flags = ("--name", MODEL, *bounds)
     folder = tmp_path_factory.mktemp("agent")
-    variables = {**start.variables, "WORKER_AGENT_CLUSTER_KEY": KEY}
-    running = start_agent(start.python, row.name, start.model, folder, variables, flags)
+    running = start_agent(start.python, row.name, start.model, folder, start.variables, flags)
     yield Subject(row, running)
     end_agent(running)
     print("\n".join(running.log[-100:]))
@@ -74,7 +71,7 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 async def client() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=240)) as session:
+    async with within_sessions(240) as session:
         yield session
 
 
@@ -127,12 +124,9 @@ async def until_model(client: aiohttp.ClientSession, subject: Subject, state: Mo
 
 
 async def order(client: aiohttp.ClientSession, subject: Subject, word: str) -> int:
-    """What a balancer that has the cluster key may have done with the model. The answer's status."""
-    async with client.post(subject.agent.url + wire.CHALLENGE_PATH) as answer:
-        given = await answer.json()
+    """What a balancer that has met the agent may have done with the model. The answer's status."""
     path, body = f"{wire.MODELS_PATH}/{word}", ModelOrder(name=MODEL).model_dump_json().encode()
-    headers = {wire.PROOF_HEADER: prove(KEY, given["nonce"], given["id"], "POST", path, body)}
-    async with client.post(subject.agent.url + path, data=body, headers=headers) as answer:
+    async with client.post(subject.agent.url + path, data=body) as answer:
         return answer.status
 
 

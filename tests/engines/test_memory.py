@@ -24,11 +24,13 @@ import aiohttp
 import psutil
 import pytest
 from agent.conftest import RunningAgent, end_agent
+from agent.meeting import meet_process, within_sessions
 
 from tests.engines.cgroups import MemoryGroup, NoMemoryGroup, memory_group
 from tests.engines.chats import CHAT, Told, ask, question
 from tests.engines.conftest import engines_of, environment
 from tests.engines.engines import embedded_model
+from tests.fakes.agent_gate import KEY
 from worker_agent import wire
 from worker_agent.wire import ModelState, Report, ServedModel
 
@@ -132,6 +134,7 @@ def agent_in(group: MemoryGroup, folder: Path) -> Iterator[RunningAgent]:
             command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment()
         )
     )
+    meet_process(agent.port, KEY)
     try:
         yield agent
     finally:
@@ -142,10 +145,9 @@ def agent_in(group: MemoryGroup, folder: Path) -> Iterator[RunningAgent]:
 @pytest.fixture
 async def machine(tmp_path: Path) -> AsyncIterator[Machine]:
     """Its group is empty when the test is over, or removing it fails."""
-    timeout = aiohttp.ClientTimeout(total=240)
     try:
         with memory_group(LIMIT) as group, agent_in(group, tmp_path) as agent:
-            async with aiohttp.ClientSession(timeout=timeout) as http:
+            async with within_sessions(240) as http:
                 yield Machine(group, agent, tmp_path, http)
     except NoMemoryGroup as error:
         pytest.skip(str(error))

@@ -25,7 +25,7 @@ import pytest
 from agent.conftest import RunningAgent, end_agent
 
 from tests.e2e.conftest import free_port
-from tests.e2e.processes import Command, command
+from tests.e2e.processes import SHARED_KEY, Command, command
 from tests.engines.chats import CHAT, Told, ask, question
 from tests.engines.conftest import engine_of, start_agent
 from tests.engines.engines import REAL_ENGINES, RealEngine
@@ -113,7 +113,10 @@ async def room(agents: dict[str, RunningAgent], tmp_path: Path) -> AsyncIterator
     config.write_text(json.dumps({"workers": rows, "comment_after": 120}))
     words = ("serve", "--host", "127.0.0.1", "--port", str(port), "--no-mdns", "--config", str(config))
     async with command(
-        "balancer", *words, "--data-dir", str(tmp_path / "data"), output=log, home=tmp_path
+        *("balancer", *words, "--data-dir", str(tmp_path / "data")),
+        output=log,
+        home=tmp_path,
+        **SHARED_KEY,
     ) as balancer:
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=300)) as http:
             made = Room(f"http://127.0.0.1:{port}", agents, http)

@@ -19,6 +19,7 @@ from typing import Any
 import aiohttp
 import pytest
 from agent.conftest import RunningAgent, end_agent
+from agent.meeting import within_sessions
 
 from balancer.prefills import FLAGS
 from tests.e2e.conftest import OpenRoom, free_port
@@ -107,7 +108,7 @@ def plain(python: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 async def client() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as session:
+    async with within_sessions(120) as session:
         yield session
 
 

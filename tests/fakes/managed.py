@@ -5,16 +5,19 @@ it has met, as a real one does, and an Ollama with its API for models. Both on r
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import orjson
 from aiohttp import web
 
 from tests.fakes.agent_gate import KEY, PATHS, AgentGate
-from worker_agent import wire
+from worker_agent import certificate, wire
+from worker_agent.handshake import PLAIN
 from worker_agent.wire import (
     Download,
     DownloadState,
@@ -34,7 +37,7 @@ def _error(status: int, code: str, message: str) -> web.Response:
 
 @dataclass
 class ManagedAgent:
-    """An agent that reports its models and takes orders from who holds its cluster key. Without TLS."""
+    """An agent that reports its models and takes orders from who holds its cluster key."""
 
     id: str
     key: str | None = KEY
@@ -52,12 +55,15 @@ class ManagedAgent:
     """Orders that came while it was silent."""
     is_old: bool = False
     """It knows nothing of meeting anybody."""
+    certificate: Path | None = None
+    """Where it keeps the one that it serves with; None: it speaks no TLS, and can be listed but not join."""
     port: int = 0
     gate: AgentGate = field(init=False)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
-        self.gate = AgentGate(self.id, self.key)
+        self._kept = None if self.certificate is None else certificate.kept(self.certificate)
+        self.gate = AgentGate(self.id, self.key, PLAIN if self._kept is None else self._kept.fingerprint)
 
     @property
     def proofs_refused(self) -> int:
@@ -66,7 +72,8 @@ class ManagedAgent:
     @property
     def row(self) -> dict[str, Any]:
         """Its entry in the JSON file."""
-        return {"id": self.id, "host": "127.0.0.1", "port": self.port, "type": "agent", "tls": False}
+        where = {"host": "127.0.0.1", "port": self.port, "tls": self._kept is not None}
+        return {"id": self.id, "type": "agent", **where}
 
     def has(self, name: str, state: ModelState, **more: Any) -> None:
         self.models[name] = ServedModel(name=name, state=state, **more)
@@ -145,7 +152,8 @@ class ManagedAgent:
         for path in PATHS:
             app.router.add_post(path, self._order)  # answered at the gate
         app.router.add_post(wire.MODELS_PATH + "/{action}", self._order)
-        async with _served(app) as self.port:
+        context = None if self._kept is None else self._kept.server_context()
+        async with _served(app, context) as self.port:
             yield self
 
 
@@ -235,11 +243,11 @@ class ManagedOllama:
 
 
 @asynccontextmanager
-async def _served(app: web.Application) -> AsyncIterator[int]:
+async def _served(app: web.Application, context: ssl.SSLContext | None = None) -> AsyncIterator[int]:
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
     await runner.setup()
     try:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context).start()
         yield int(runner.addresses[0][1])
     finally:
         await runner.cleanup()

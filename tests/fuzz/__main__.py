@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import logging
 import sys
 import time
 import traceback
@@ -99,6 +100,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--guided", action="store_true", help="one target, by atheris")
     given = parser.parse_args(words)
+    logging.basicConfig(level=logging.CRITICAL)  # what matters is noted by the targets
     if unknown := set(given.targets) - TARGETS.keys():
         parser.error(f"there is no target {', '.join(sorted(unknown))}")
     names = given.targets or list(TARGETS)

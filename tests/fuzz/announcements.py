@@ -6,13 +6,16 @@ import asyncio
 import struct
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 from balancer.discovery import MAX_NAMES, Browser
-from tests.fuzz.target import Target, looped
+from tests.fuzz.connections import turn
+from tests.fuzz.target import CORPUS, Target, looped
 from worker_agent import wire
 
 SOURCE = ("127.0.0.1", 5353)
 HEAD_BYTES = 2
+GOOD = CORPUS / "mdns" / "an-agent"
 
 
 @asynccontextmanager
@@ -21,6 +24,10 @@ async def _browsing() -> AsyncIterator[tuple[Browser, list[tuple[object, ...]]]]
     browser = Browser(found=lambda *said: found.append(said), interfaces=["127.0.0.1"])
     assert await browser.start()
     try:
+        async with asyncio.timeout(10):
+            while not found:  # until it listens
+                _listener(browser).datagram_received(_packets(GOOD.read_bytes())[0], SOURCE)
+                await asyncio.sleep(0.01)
         yield browser, found
     finally:
         await browser.aclose()
@@ -29,12 +36,10 @@ async def _browsing() -> AsyncIterator[tuple[Browser, list[tuple[object, ...]]]]
 async def packets(browsing: tuple[Browser, list[tuple[object, ...]]], data: bytes) -> None:
     """Datagrams, each after its length in two bytes. Nothing is raised; what is found is fit to be tried."""
     browser, found = browsing
-    assert browser._zeroconf is not None
-    listener = browser._zeroconf.zeroconf.engine.protocols[0]
     for packet in _packets(data):
-        listener.datagram_received(packet, SOURCE)
+        _listener(browser).datagram_received(packet, SOURCE)
         await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    await turn()
     assert len(browser._names) <= MAX_NAMES
     for said in found:
         announced, addresses, port = said[0], said[-2], said[-1]
@@ -46,6 +51,11 @@ async def packets(browsing: tuple[Browser, list[tuple[object, ...]]], data: byte
         assert isinstance(port, int)
         assert 0 <= port <= 65535
     found.clear()
+
+
+def _listener(browser: Browser) -> Any:
+    assert browser._zeroconf is not None
+    return browser._zeroconf.zeroconf.engine.protocols[0]
 
 
 def _packets(data: bytes) -> list[bytes]:

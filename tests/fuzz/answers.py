@@ -150,6 +150,8 @@ TARGETS = (
         ),
     ),
     Target(
-        "probe", pure(probe), (b'"models":[', b'"data":[', b'"id":"', b'"name":"', b'"size":', b"vllm:", b" 1e9\n")
+        "probe",
+        pure(probe),
+        (b'"models":[', b'"data":[', b'"id":"', b'"name":"', b'"size":', b"vllm:", b" 1e9\n"),
     ),
 )

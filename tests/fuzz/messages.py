@@ -126,10 +126,14 @@ TARGETS = (
     Target("proof", pure(proof), (b"|", b"||||||", b"0" * 64)),
     Target("nonces", pure(nonces), (b"\x01", b"\x00", b"\x01" * 300, b"\xff")),
     Target(
-        "invitation", pure(invitation), (b"lb2.", b".", b"@", b",", b"%2e", b"%40", b"https://h:1", b"[::1]:4000")
+        "invitation",
+        pure(invitation),
+        (b"lb2.", b".", b"@", b",", b"%2e", b"%40", b"https://h:1", b"[::1]:4000"),
     ),
     Target("code", pure(code), ("ß".encode(), "٣".encode(), b"-", b"O0I1")),
     Target(
-        "txt", pure(txt), (b"v=2\n", b"id=a\n", b"c=0123456789abcdef\n", b"fp=" + b"0" * 64 + b"\n", b"=", b"id\n")
+        "txt",
+        pure(txt),
+        (b"v=2\n", b"id=a\n", b"c=0123456789abcdef\n", b"fp=" + b"0" * 64 + b"\n", b"=", b"id\n"),
     ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -45,12 +46,12 @@ def looped(
     opened: Callable[[], AbstractAsyncContextManager[_T]], check: Callable[[_T, bytes], Awaitable[None]]
 ) -> Callable[[], AbstractContextManager[Check]]:
     """Of what lives in an event loop: opened once, checked with input after input. What is raised where
-    nobody awaits it counts too."""
+    nobody awaits it counts too, and what is logged as an error of our own."""
 
     @contextmanager
     def running() -> Iterator[Check]:
-        with asyncio.Runner() as runner:
-            strays: list[str] = []
+        strays: list[str] = []
+        with asyncio.Runner() as runner, _noting_errors(strays):
             runner.get_loop().set_exception_handler(lambda _, told: strays.append(repr(told)))
             context = opened()
 
@@ -65,3 +66,22 @@ def looped(
                 runner.run(context.__aexit__(None, None, None))
 
     return running
+
+
+class _Errors(logging.Handler):
+    def __init__(self, told: list[str]) -> None:
+        super().__init__(logging.ERROR)
+        self._told = told
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._told.append(self.format(record))
+
+
+@contextmanager
+def _noting_errors(told: list[str]) -> Iterator[None]:
+    handler = _Errors(told)
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
