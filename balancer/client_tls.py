@@ -19,7 +19,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from balancer.keys import KeyFault, read_own, write_whole
+from balancer.keys import KeyFault, read_own
+from worker_agent import private_files
 
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate
@@ -170,8 +171,8 @@ def _renewed(certificate: Path, key: Path, wanted: Names, now: datetime) -> None
             )
         certificate.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         made, secret = _made(wanted, now)
-        write_whole(key, secret)
-        write_whole(certificate, made)
+        private_files.replace(key, secret)
+        private_files.replace(certificate, made)
     except KeyFault as fault:
         raise TlsFault(str(fault)) from fault
     except OSError as error:

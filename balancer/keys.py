@@ -7,12 +7,9 @@ by the settings. No key is ever logged or passed on a command line.
 
 from __future__ import annotations
 
-import errno
 import hmac
 import ipaddress
-import os
 import secrets
-import stat
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,7 +18,9 @@ from hashlib import sha256
 from pathlib import Path
 
 from balancer.core.errors import RequestError
+from worker_agent import private_files
 from worker_agent.handshake import LEAST_KEY_CHARACTERS
+from worker_agent.private_files import FileFault
 
 ADMIN_KEY = "admin_key"
 CLUSTER_KEY = "cluster_key"
@@ -85,8 +84,10 @@ def rotated(keys: ClusterKeys) -> ClusterKeys:
     fresh = keys.followed_by(secrets.token_urlsafe(32))
     try:
         # First the former ones: whatever happens in between, no agent has a key that is kept nowhere.
-        write_whole(keys.folder / FORMER_CLUSTER_KEYS, "".join(f"{one}\n" for one in fresh.former).encode())
-        write_whole(keys.folder / CLUSTER_KEY, f"{fresh.current}\n".encode())
+        private_files.replace(
+            keys.folder / FORMER_CLUSTER_KEYS, "".join(f"{one}\n" for one in fresh.former).encode()
+        )
+        private_files.replace(keys.folder / CLUSTER_KEY, f"{fresh.current}\n".encode())
     except OSError as error:
         raise CannotRotate(f"{keys.folder} cannot be written to: {error.strerror or error}") from error
     return fresh
@@ -144,48 +145,18 @@ def read(path: Path) -> str:
         key = data.decode("ascii").strip()
     except UnicodeDecodeError:
         key = ""
-    if not key.isprintable() or " " in key or len(data) == MAX_KEY_BYTES:
+    if not key.isprintable() or " " in key:
         key = ""
     return _strong(key, f"the key in {path}")
 
 
 def read_own(path: Path, limit_bytes: int) -> bytes:
-    """The beginning of a file that nobody else can read or write. Raises `KeyFault`, and `FileNotFoundError`
-    where there is none."""
+    """A file that nobody else can read or write. Raises `KeyFault`, also for a longer one, and
+    `FileNotFoundError` where there is none."""
     try:
-        # Not through a link that somebody else may have put there, and never waiting for a pipe's writer.
-        number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with os.fdopen(number, "rb") as file:
-            _insist_on_own(path, os.fstat(number))
-            return file.read(limit_bytes)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        reason = "it is a link" if error.errno == errno.ELOOP else error.strerror or str(error)
-        raise KeyFault(f"{path} cannot be read: {reason}; choose another --data-dir") from error
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """For our own eyes, in place of what was there: all of it or nothing. Blocking; raises `OSError`."""
-    draft = _draft(path, data)
-    try:
-        draft.replace(path)
-    except OSError:
-        draft.unlink()
-        raise
-    _settle(path.parent)
-
-
-def _insist_on_own(path: Path, about: os.stat_result) -> None:
-    if not stat.S_ISREG(about.st_mode):
-        raise KeyFault(f"{path} is no file: remove it, and a new key is made on the next start")
-    if about.st_mode & 0o077:
-        raise KeyFault(
-            f"the key in {path} may be known to others, who can read or write that file: remove it, and a "
-            f"new one is made on the next start; or keep it with `chmod 600 {path}`"
-        )
-    if os.geteuid() not in (about.st_uid, 0):
-        raise KeyFault(f"{path} belongs to another user: remove it, or choose another --data-dir")
+        return private_files.read(path, limit_bytes, anybodys_for_root=True)
+    except FileFault as fault:
+        raise KeyFault(str(fault)) from fault
 
 
 def _kept(path: Path) -> tuple[str, bool]:
@@ -193,8 +164,9 @@ def _kept(path: Path) -> tuple[str, bool]:
     with suppress(FileNotFoundError):
         return read(path), False
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return _make(path), True
+        key = secrets.token_urlsafe(32)
+        private_files.write_new(path, f"{key}\n".encode())
+        return key, True
     except FileExistsError as error:
         if path.is_file():  # another balancer that starts at the same time was faster
             return read(path), False
@@ -209,42 +181,6 @@ def _unwritable(path: Path, error: OSError) -> KeyFault:
         f"cannot write the new key {path}: {error.strerror or error}; choose another --data-dir, or give the "
         f"key by the variable BALANCER_{name}"
     )
-
-
-def _make(path: Path) -> str:
-    """A new key, on the disk for good and under its name only when it is whole. Raises `OSError`."""
-    key = secrets.token_urlsafe(32)
-    draft = _draft(path, f"{key}\n".encode())
-    try:
-        os.link(draft, path)  # which, unlike a rename, never replaces the key of somebody who was faster
-    finally:
-        draft.unlink()
-    _settle(path.parent)
-    return key
-
-
-def _draft(path: Path, data: bytes) -> Path:
-    """A file beside it with these bytes, on the disk for good. Raises `OSError`."""
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    number = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        with os.fdopen(number, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(number)
-    except OSError:
-        draft.unlink()
-        raise
-    return draft
-
-
-def _settle(folder: Path) -> None:
-    """Its names are on the disk for good."""
-    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def _strong(key: str, what: str) -> str:

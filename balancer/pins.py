@@ -13,6 +13,7 @@ from pathlib import Path
 import orjson
 
 from balancer import keys
+from worker_agent import private_files
 
 MAX_PINS = 1024
 """The agent that was met longest ago is forgotten for one more. Only who holds the key gets in here."""
@@ -112,7 +113,7 @@ class Memory:
     def _write(self, path: Path, data: bytes) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            keys.write_whole(path, data)
+            private_files.replace(path, data)
         except OSError as error:
             raise keys.KeyFault(
                 f"cannot write {path}: {error.strerror or error}; choose another --data-dir"

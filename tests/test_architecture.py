@@ -47,7 +47,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     # Who may ask for answers, and who may come in under /admin.
     "balancer.access": {"balancer.core", "balancer.keys"},
-    "balancer.access_store": {"balancer.access", "balancer.core", "balancer.keys"},
+    "balancer.access_store": {
+        "balancer.access",
+        "balancer.core",
+        "balancer.keys",
+        "worker_agent.private_files",
+    },
     "balancer.access_admin": {
         "balancer.access",
         "balancer.access_store",
@@ -58,7 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "balancer.orders": {"balancer.core"},
     "balancer.admin_door": {"balancer.core", "balancer.keys", "balancer.orders", "balancer.sessions"},
     "balancer.audit": set(),
-    "balancer.client_tls": {"balancer.keys"},
+    "balancer.client_tls": {"balancer.keys", "worker_agent.private_files"},
     "balancer.inference": {
         "balancer.access",
         "balancer.core",
@@ -94,8 +99,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "worker_agent.carrying",
         "worker_agent.wire",
     },
-    "balancer.keys": {"balancer.core", "worker_agent.handshake"},
-    "balancer.pins": {"balancer.keys"},
+    "balancer.keys": {"balancer.core", "worker_agent.handshake", "worker_agent.private_files"},
+    "balancer.pins": {"balancer.keys", "worker_agent.private_files"},
     # The cluster plane: agents are met, and asked within a session.
     "balancer.meeting": {
         "balancer.upstream",
@@ -154,6 +159,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "balancer.inference",
         "balancer.metrics",
         "worker_agent.log_format",
+        "worker_agent.private_files",
         "worker_agent.wire",
     },
     "balancer.dashboard": set(),
@@ -444,6 +450,7 @@ def test_the_agents_contract_is_all_that_the_balancer_knows_of_it():
         "worker_agent.forgiving_json",
         "worker_agent.handshake",
         "worker_agent.log_format",
+        "worker_agent.private_files",
         "worker_agent.wire",
         "worker_agent.sources",
     }
