@@ -523,12 +523,22 @@ class Browser:
             try:
                 await self._resolve(zeroconf, name)
             except wire.WireError as error:
-                if name not in self._misfits and len(self._misfits) < MAX_NAMES:
-                    self._misfits.add(name)
+                if self._is_new_misfit(name):
                     log.warning("the mDNS announcement %r is ignored: %s", name[:128], error)
+            except ZeroconfError:  # whose words quote the name
+                if self._is_new_misfit(name):
+                    log.warning("the mDNS announcement %r is ignored: no service is called so", name[:128])
             except Exception:
                 # Hostile packets must not end the search; zeroconf does not say what it may raise.
-                log.exception("the mDNS announcement %r could not be read", name[:128])
+                if self._is_new_misfit(name):
+                    log.exception("the mDNS announcement %r could not be read", name[:128])
+
+    def _is_new_misfit(self, name: str) -> bool:
+        """Each is told of once, and no more of them than could be of use."""
+        if name in self._misfits or len(self._misfits) >= MAX_NAMES:
+            return False
+        self._misfits.add(name)
+        return True
 
     async def _resolve(self, zeroconf: Zeroconf, name: str) -> None:
         """Raises `wire.WireError` for an announcement that is not ours."""

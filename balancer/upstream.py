@@ -360,7 +360,7 @@ class Exchange(asyncio.Protocol):
     def _fail(self, error: UpstreamError) -> None:
         listener, self._listener = self._listener, None
         self._drop()
-        if listener is not None:
+        if listener is not None and not self._whole:  # what follows a whole answer takes nothing from it
             listener.failed(error)
 
     def _give_back(self) -> None:

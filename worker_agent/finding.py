@@ -108,9 +108,9 @@ async def _resolved(zeroconf: Zeroconf, name: str, own_tag: str) -> str | None:
     except wire.WireError as error:
         _LOG.debug("the balancer announced as %r is ignored: %s", name[:128], error)
         return None
-    except Exception:
-        # Hostile packets must not end the search; zeroconf does not say what it may raise.
-        _LOG.exception("the mDNS announcement %r could not be read", name[:128])
+    except Exception as error:
+        # Hostile packets must not end the search; zeroconf does not say what it may raise, and quotes them.
+        _LOG.debug("the mDNS announcement %r could not be read: %s", name[:128], type(error).__name__)
         return None
     addresses = by_reachability(info.parsed_scoped_addresses(), own_interfaces())
     if not addresses or not is_ours(announced, own_tag):

@@ -123,6 +123,7 @@ class Gateway:
         app.add_routes([web.get(wire.REPORT_PATH, self._tell_reports), web.get(_HEALTH_PATH, self._health)])
         app.add_routes(self._gate.routes())
         app.add_routes(self._orders)
+        app.on_response_prepare.append(_say_nothing_of_us)
         return app
 
     # The end, in this order:
@@ -293,6 +294,11 @@ def _route(request: web.Request) -> tuple[str, str]:
     """As it was registered, however its path was written; of what there is none for, an empty one."""
     resource = request.match_info.route.resource
     return request.method, "" if resource is None else resource.canonical
+
+
+async def _say_nothing_of_us(_request: web.Request, response: web.StreamResponse) -> None:
+    """A stranger need not know which versions run here."""
+    response.headers.pop("Server", None)
 
 
 def _insist_on_the_room(request: web.Request, policy: GatewayPolicy) -> None:

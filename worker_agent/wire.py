@@ -387,8 +387,7 @@ def parse_txt(properties: Mapping[bytes, bytes | None]) -> Announced:
     """Raises `WireError` for a record of another version, or one without a usable id."""
     version = _text(properties.get(b"v"))
     if version != str(WIRE_VERSION):
-        shown = version if version.isalnum() and len(version) <= 8 else "unknown"
-        raise WireError(f"its record speaks wire version {shown}, this side {WIRE_VERSION}")
+        raise WireError(f"its record speaks wire version {_shown_version(version)}, this side {WIRE_VERSION}")
     named = _text(properties.get(b"id"))
     if not named or len(named) > 128 or not named.isprintable():
         raise WireError("its record has no usable id")
@@ -398,6 +397,11 @@ def parse_txt(properties: Mapping[bytes, bytes | None]) -> Announced:
         tag if re.fullmatch(r"[0-9a-f]{16}", tag) else "",
         fingerprint if re.fullmatch(r"[0-9a-f]{64}", fingerprint) else "",
     )
+
+
+def _shown_version(version: str) -> str:
+    """As another side gives it, fit for a sentence."""
+    return version if version.isascii() and version.isalnum() and len(version) <= 8 else "unknown"
 
 
 def _text(value: bytes | None) -> str:
@@ -412,7 +416,7 @@ def _parse(kind: type[_M], data: bytes) -> _M:
     except orjson.JSONDecodeError as error:
         raise WireError(f"not JSON: {error.msg} at byte {error.pos}") from None
     if isinstance(fields, dict) and fields.get("wire", WIRE_VERSION) != WIRE_VERSION:
-        theirs = str(fields["wire"])[:16]
+        theirs = _shown_version(str(fields["wire"]))
         raise WireError(f"it speaks wire version {theirs}, this side {WIRE_VERSION}: update the older one")
     try:
         return kind.model_validate(fields)

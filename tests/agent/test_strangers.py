@@ -58,6 +58,7 @@ async def test_a_stranger_gets_nothing_by_any_route_or_method_and_the_engine_hea
                             method, shared_agent.url + path, json=body, headers=headers
                         ) as answer:
                             assert answer.status == 401, (method, path, session)
+                            assert "Server" not in answer.headers
         assert await asked(known, shared_agent) == before
     assert CANARY not in "\n".join(shared_agent.log)
     assert KEY not in "\n".join(shared_agent.log)

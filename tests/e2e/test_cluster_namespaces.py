@@ -578,7 +578,7 @@ async def insist_on_a_closed_door(cluster: Cluster) -> None:
 FLOOD_NAMES = 10_000
 FLOOD_A_SECOND = 1_000
 FLOOD_BYTES = 40 * 2**20
-"""More than before, at most, of the balancer's and of the agent's memory: twice what RELIABILITY allows, since
+"""More than before, at most, of the memory of balancer and agent: twice what RELIABILITY allows, since
 what a process holds is not the same twice."""
 
 

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,8 +86,9 @@ class Machine:
 
     async def models(self) -> dict[str, ServedModel]:
         """As it reports them now."""
-        async for report in self.reports():
-            return {model.name: model for model in report.models}
+        async with aclosing(self.reports()) as reports:
+            async for report in reports:
+                return {model.name: model for model in report.models}
         raise AssertionError("the report stream ended")
 
     def insist_that_nobody_was_killed(self) -> None:
