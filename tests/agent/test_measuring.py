@@ -9,6 +9,7 @@ import pytest
 
 from worker_agent import app
 from worker_agent import hardware as machine
+from worker_agent.cluster_key import ClusterKey
 from worker_agent.engines.choice import Installed, NoChoice
 from worker_agent.hardware import Gpu, Hardware
 from worker_agent.memory import MemoryNow, Pool, held_bytes
@@ -91,7 +92,7 @@ async def test_a_model_whose_disk_is_mounted_later_is_served_then(tmp_path: Path
     settings = Settings(models={"late": ModelOptions(path=str(path), pin=True, keep_alive_seconds=60)})
     installed = Installed(xllamacpp=True)
     inspection = app.Inspection(CPU_BOX, installed, NoChoice("no model was given"))
-    offers = await app._offers(settings, inspection, Catalog(tmp_path / "models"))
+    offers = await app._offers(settings, inspection, Catalog(tmp_path / "models"), ClusterKey(None, None))
     [offer] = offers.given
     memory = {Pool.RAM: MemoryNow(total_bytes=16 * GIB, available_bytes=8 * GIB)}
     with pytest.raises(NoChoice, match="there is no file or folder"):

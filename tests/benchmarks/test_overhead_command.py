@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from contextlib import asynccontextmanager
 
 import orjson
 import pytest
+from agent.meeting import meet_process, within_sessions
 
 from benchmarks import overhead, rivals
-from benchmarks.mock_worker import STREAM_EVENTS
+from benchmarks.mock_worker import MODEL, STREAM_EVENTS
 from benchmarks.overhead import Effort, LoadFailed, Subject, direct, load, measure, mock_workers, rival, row
 from benchmarks.processes import Cores, NotReady, free_ports, started
+from benchmarks.static_agent import KEY
 
 ANYWHERE = Cores(None, None)
 BRIEF = Effort(rounds=1, flood_seconds=0.1, rate_seconds=0.1, streams_each=1, held=3)
@@ -50,11 +53,13 @@ async def test_an_agents_gateway_stands_before_each_mock(tmp_path):
         engines = [word for port in ports for word in ("--engine", str(port))]
         agents = (sys.executable, "-m", "benchmarks.static_agent", *engines)
         async with overhead._saying_its_ports(agents, tmp_path / "agent.log", None) as (_, agent_ports):
-            for port in agent_ports:
-                streamed = await load(
-                    f"http://127.0.0.1:{port}", ANYWHERE, "streams", "--at-once=1", "--each=1"
-                )
-                assert streamed.events == STREAM_EVENTS
+            chat = {"model": MODEL, "stream": True, "messages": [{"role": "user", "content": "go on"}]}
+            async with within_sessions() as client:
+                for port in agent_ports:
+                    await asyncio.to_thread(meet_process, port, KEY)
+                    url = f"https://127.0.0.1:{port}/v1/chat/completions"
+                    async with client.post(url, json=chat) as answer:
+                        assert (await answer.read()).count(b"data: {") == STREAM_EVENTS
 
 
 async def test_a_process_that_ends_is_not_waited_for(tmp_path):
