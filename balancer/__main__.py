@@ -7,8 +7,9 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -23,11 +24,13 @@ from rich.text import Text
 
 from balancer import access_cli, admin_cli, cluster_cli, config_cli, keeping, logs, ui_cli
 from balancer import up as up_
-from balancer.addresses import is_loopback, own_url
+from balancer.addresses import cannot_listen, is_loopback, join_line, own_url
 from balancer.admin_cli import (
     DEFAULT_URL,
+    Asking,
     JsonOption,
     KeyOption,
+    NoAnswer,
     UrlOption,
     asked,
     fail,
@@ -36,14 +39,15 @@ from balancer.admin_cli import (
 )
 from balancer.app import PortTaken, Running, Stop, running
 from balancer.batch.cli import batch, presets
-from balancer.client_tls import TlsFault
+from balancer.client_tls import TlsFault, own_certificate
 from balancer.core.dispatcher import WorkerView
 from balancer.doctor import DoctorPolicy, examine
 from balancer.inherited import NotASocket, listening_sockets, notify
 from balancer.keys import KeyFault
-from balancer.reached import noted_ca_file
+from balancer.reached import noted_ca_file, noted_data_dir
 from balancer.settings import Settings, SettingsError, load
 from worker_agent import findings_table
+from worker_agent.contacts import NoAddress
 from worker_agent.findings import as_json, has_fault
 from worker_agent.forgiving_json import ConfigFaults
 
@@ -143,6 +147,9 @@ async def _up(settings: Settings, agent: up_.LocalAgent, stop: Stop) -> None:
                             places=() if loopback_only else balancer.places(),
                             invitation=balancer.invitation(),
                             loopback_only=loopback_only,
+                            certificate=own_certificate(settings.data_dir.absolute())
+                            if settings.tls == "self-signed"
+                            else None,
                         ),
                     )
                     _print_way_to_the_page(balancer, settings)
@@ -223,8 +230,8 @@ async def _serve(
 def _print_invitation(balancer: Running) -> None:
     """Once, and to a person only: what a service writes is kept, and read by others."""
     if sys.stdout.isatty():
-        print("To make another machine a worker, on it:")  # noqa: T201
-        print(f"worker-agent join '{balancer.invitation()}'")  # noqa: T201
+        print("To make another machine a worker, on it, in a checkout of this project:")  # noqa: T201
+        print(join_line(balancer.invitation()))  # noqa: T201
 
 
 def _print_way_to_the_page(balancer: Running, settings: Settings) -> None:
@@ -255,12 +262,8 @@ def keep(
     command = [sys.executable, "-m", "balancer", "serve", *options, *context.args]
     try:
         listening = keeping.listen(settings.host, settings.port)
-    except OSError as error:
-        fail(
-            f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}. "
-            "Choose another port with --port.",
-            status=1,
-        )
+    except (OSError, UnicodeError) as error:
+        fail(cannot_listen(settings.host, settings.port, error), status=1)
     try:
         status = asyncio.run(keeping.keep(command, listening))
     except keeping.CannotStart as error:
@@ -369,7 +372,7 @@ app.command()(admin_cli.remove)
 @app.command()
 def doctor(
     worker: Annotated[
-        list[str] | None, typer.Option(help="An agent's URL to look for besides; may be repeated.")
+        list[str] | None, typer.Option(help="An agent's address to look for besides; may be repeated.")
     ] = None,
     host: HostOption = None,
     port: PortOption = None,
@@ -391,13 +394,29 @@ def doctor(
         workers=tuple(entry.worker for entry in settings.room),
         cluster_key=settings.cluster_key,
     )
-    found = asyncio.run(examine(policy, worker or ()))
+    noted_data_dir(settings.data_dir)  # whose certificate is trusted with the admin key
+    try:
+        found = asyncio.run(examine(policy, partial(_cluster_at, settings), worker or ()))
+    except NoAddress as error:
+        fail(str(error))
     if json:
         print(orjson.dumps(as_json(found), option=orjson.OPT_INDENT_2).decode())  # noqa: T201
     else:
         findings_table.show(found)
     if has_fault(found):
         raise typer.Exit(1)
+
+
+async def _cluster_at(settings: Settings, url: str) -> Mapping[str, object]:
+    """Who waits, and who is turned away, as far as the admin key is at hand."""
+    key = settings.admin_key or key_if_known(url, None, settings.data_dir)
+    if key is None:
+        return {}
+    try:
+        asking = await asyncio.to_thread(Asking, url, key)
+        return (await asking.ask("GET", "/admin/cluster")).body
+    except NoAnswer:
+        return {}
 
 
 @app.command()

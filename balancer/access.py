@@ -220,11 +220,25 @@ class Access:
         self._guesses = guesses or Guesses()
         self._keys: dict[str, ApiKey] = {}
         self._used: dict[str, _Used] = {}
+        self.on_over: Callable[[ApiKey], None] = lambda _: None
+        """Told of each key that was revoked, or is gone."""
 
     def put(self, keys: Iterable[ApiKey]) -> None:
-        """These and no others from now on; what is under way goes on."""
-        self._keys = {key.id: key for key in keys}
+        """These and no others from now on."""
+        before, self._keys = self._keys, {key.id: key for key in keys}
         self._used = {name: used for name, used in self._used.items() if name in self._keys}
+        for key_id, key in before.items():
+            if key.revoked is None and self._is_revoked(key_id):
+                self.on_over(key)
+
+    def insist_on_force(self, key: ApiKey) -> None:
+        """Raises `ApiKeyOver` for one that was revoked since it was recognised."""
+        if self._is_revoked(key.id):
+            raise ApiKeyOver(key.name, revoked=True)
+
+    def _is_revoked(self, key_id: str) -> bool:
+        key = self._keys.get(key_id)
+        return key is None or key.revoked is not None
 
     def recognise(self, headers: Mapping[str, str], address: str) -> ApiKey:
         """Whose request it is. Raises `ApiKeyMissing`, `ApiKeyWrong`, `ApiKeyOver` and, for an address that

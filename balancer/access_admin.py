@@ -78,7 +78,7 @@ class KeyRoutes:
     async def _revoke(self, request: web.Request) -> web.Response:
         await read_order(request, Nothing)
         key = await self._store.revoke(request.match_info["id"])
-        note = "It is refused from now on; what is under way with it may finish."
+        note = "It is refused from now on, and so is what waits with it; what a worker has may finish."
         return _json({**self._shown(key), "note": note})
 
     def _shown(self, key: ApiKey) -> Mapping[str, object]:

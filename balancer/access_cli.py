@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
 import orjson
@@ -27,7 +27,8 @@ _Models = Annotated[
     typer.Option("--model", metavar="MODEL", help="The only one it is for; may be given several times."),
 ]
 _Class = Annotated[
-    str | None, typer.Option("--class", metavar="CLASS", help="interactive, batch or both; default: both.")
+    Literal["interactive", "batch", "both"] | None,
+    typer.Option("--class", metavar="CLASS", help="interactive, batch or both; default: both."),
 ]
 _Expires = Annotated[
     str | None, typer.Option("--expires", metavar="TIME", help="After so long: 90m, 12h, 30d or 4w.")
@@ -189,7 +190,10 @@ def _time_after(text: str) -> str:
     found = _DURATION.fullmatch(text.strip().lower())
     if found is None:
         fail(f"--expires is {text!r}: expected 90m, 12h, 30d or 4w")
-    return (datetime.now(UTC) + timedelta(seconds=int(found[1]) * _UNITS[found[2]])).isoformat()
+    try:
+        return (datetime.now(UTC) + timedelta(seconds=int(found[1]) * _UNITS[found[2]])).isoformat()
+    except OverflowError:
+        fail(f"--expires is {text!r}: no calendar goes that far; leave it out for a key that does not expire")
 
 
 def _path(key_id: str) -> str:

@@ -117,7 +117,7 @@ class KeyStore:
         return await self._changed(put)
 
     async def revoke(self, key_id: str) -> ApiKey:
-        """From now on it is refused; what is under way with it may finish. Raises `NotFound`."""
+        """From now on it is refused, with what waits; what a worker has may finish. Raises `NotFound`."""
 
         def put(keys: list[ApiKey]) -> ApiKey:
             key = _one(keys, key_id)
@@ -158,13 +158,18 @@ class KeyStore:
         self._access.put(keys)
 
     async def _watch(self) -> None:
+        told = ""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             async with self._changing:
                 try:
                     await self._look()
+                    told = ""
                 except KeyFault as fault:
-                    log.error("%s. Until then the API keys stay as they were", fault)
+                    # Read again with the next look: what was wrong may be put right without a change of it.
+                    if str(fault) != told:
+                        told = str(fault)
+                        log.error("%s. Until then the API keys stay as they were", fault)
                 except Exception:
                     log.exception("a defect of the balancer, in looking at the API keys")
 
@@ -172,7 +177,6 @@ class KeyStore:
         state = await asyncio.to_thread(_state, self._path)
         if state == self._seen:
             return
-        self._seen = state  # a faulty file is told of once
         keys, state = await asyncio.to_thread(_read, self._path)
         self._adopt(keys, state)
         log.info("the API keys in %s were read again: there are %d", self._path, len(keys))

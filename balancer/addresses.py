@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
+import shlex
+import socket
 
 import psutil
 
@@ -46,6 +49,24 @@ def places(host: str, port: int, *, tls: bool = False) -> tuple[str, ...]:
     """The same as an invitation has them: `192.168.1.10:4000`, under TLS with `https://` before it."""
     scheme = "https://" if tls else ""
     return tuple(f"{scheme}{_in_url(one)}:{port}" for one in lan_addresses(host)[:MAX_PLACES])
+
+
+def join_line(invitation: str) -> str:
+    """What makes another machine a worker, typed there in a checkout of this project."""
+    return f"pip install uv && uv run worker-agent join {shlex.quote(invitation)}"
+
+
+def cannot_listen(host: str, port: int, error: OSError | UnicodeError) -> str:
+    """A sentence for the terminal, with what to change: the address or the port."""
+    reason = str(error)
+    if isinstance(error, OSError):
+        reason = error.strerror or reason
+    # A name that is no name at all fails when it is put into the letters of DNS.
+    if isinstance(error, socket.gaierror | UnicodeError) or error.errno == errno.EADDRNOTAVAIL:
+        advice = "Give an address or a name of this machine with --host, or 0.0.0.0 for all of its own."
+    else:
+        advice = "Choose another port with --port."
+    return f"cannot listen on {host}:{port}: {reason}. {advice}"
 
 
 def _in_url(host: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -19,7 +20,7 @@ import orjson
 from aiohttp import web
 from pydantic import Field
 
-from balancer.admin_door import SAFE_METHODS, WHO, AdminDoor
+from balancer.admin_door import NOBODY_YET, SAFE_METHODS, WHO, AdminDoor
 from balancer.audit import MAX_LISTED, Audit
 from balancer.batch.presets import MAX_PRESET_BYTES, Found, Preset, PresetError, Shelf
 from balancer.core.dispatcher import Snapshot
@@ -214,15 +215,17 @@ class Admin:
         try:
             request[WHO] = self._door.let_in(request)
         except RequestError as refusal:
-            self._refused(request, refusal)
+            is_guess = isinstance(refusal, (KeyWrong, TooManyGuesses))
+            if is_guess or request.method not in SAFE_METHODS:
+                self._refused(request, refusal.status, refusal.code or refusal.type)
             raise
-        status = 499  # as it stays for who leaves before there is an answer
+        status, refused = 499, None  # as they stay for who leaves before there is an answer
         try:
             response = await handler(request)
             status = response.status
             return response
         except RequestError as refusal:
-            status = refusal.status
+            status, refused = refusal.status, refusal.code or refusal.type
             raise
         except web.HTTPNotFound:
             status = 404
@@ -234,7 +237,9 @@ class Admin:
             status = 500
             raise
         finally:
-            if request.method not in SAFE_METHODS:
+            if request[WHO] == NOBODY_YET:  # nor now: the key was not right, or did not come
+                self._refused(request, status, refused)
+            elif request.method not in SAFE_METHODS:
                 self._recorded(request, status)
 
     def _recorded(self, request: web.Request, status: int) -> None:
@@ -246,12 +251,10 @@ class Admin:
                 **request.get(RECORDED, {}),
             )
 
-    def _refused(self, request: web.Request, refusal: RequestError) -> None:
+    def _refused(self, request: web.Request, status: int, refused: str | None) -> None:
         """Who comes with a wrong key, and who tries to change something without any."""
-        is_guess = isinstance(refusal, (KeyWrong, TooManyGuesses))
-        if self._audit is not None and (is_guess or request.method not in SAFE_METHODS):
-            told = {"status": refusal.status, "refused": refusal.code or refusal.type}
-            self._audit.refused(**_circumstances(request), **told)
+        if self._audit is not None:
+            self._audit.refused(**_circumstances(request), status=status, refused=refused)
 
     # Workers
 
@@ -312,7 +315,8 @@ class Admin:
             if source == "config"
             else "the balancer restarts, however often it announces itself"
         )
-        note = f"It stays out until {until}, or POST /admin/workers/{worker_id}/admit. What runs may finish."
+        undo = f"`balancer remove {worker_id} --undo` (POST /admin/workers/{worker_id}/admit)"
+        note = f"It stays out until {until}, or {undo}. What runs may finish."
         return _json({"worker": worker_id, "removed": True, "source": source, "note": note})
 
     async def _admit(self, request: web.Request) -> web.Response:
@@ -475,9 +479,12 @@ class Admin:
     async def _audited(self, request: web.Request) -> web.Response:
         """The newest records, newest first."""
         asked = request.query.get("limit", "100")
-        if not (asked.isascii() and asked.isdecimal() and 1 <= int(asked[:6]) <= MAX_LISTED):
+        if not re.fullmatch(r"[0-9]{1,6}", asked) or not 1 <= int(asked) <= MAX_LISTED:
             raise BadRequest(f"'limit' must be a number from 1 to {MAX_LISTED}.", param="limit")
-        records = await self._audit.last(int(asked)) if self._audit is not None else ()
+        try:
+            records = await self._audit.last(int(asked)) if self._audit is not None else ()
+        except OSError as error:
+            raise Conflict(f"The audit log cannot be read: {error.strerror or error}.") from error
         return _json({"records": records})
 
 

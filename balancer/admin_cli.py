@@ -120,6 +120,12 @@ class Asking:
                 "`balancer --ca-file FILE ...`",
                 CANNOT_RUN,
             ) from None
+        except aiohttp.ServerDisconnectedError:
+            raise NoAnswer(
+                f"what answers at {self._named} closes the connection without a word: "
+                "a balancer that speaks TLS? Then give --url https://...",
+                CANNOT_RUN,
+            ) from None
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             raise NoAnswer(
                 f"no balancer answers at {self._named} ({type(error).__name__}): is it running? "

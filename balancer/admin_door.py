@@ -21,6 +21,9 @@ SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 WHO = web.RequestKey("who", str)
 """Who asks, for the log and the audit log: `admin key`, or `session` and its name."""
 
+NOBODY_YET = "nobody yet"
+"""Who is about to begin a session."""
+
 _ORIGIN = re.compile(r"(https?)://([a-z0-9._:\[\]-]+)")
 
 
@@ -54,7 +57,7 @@ class AdminDoor:
         insist_on_own_page(request)
         if request.match_info.handler == self._begin:
             _insist_on_json(request)
-            return "nobody yet"  # the body holds the key
+            return NOBODY_YET  # the body holds the key
         given = given_key(request)
         token = request.cookies.get(COOKIE, "")
         if given or not token:

@@ -21,7 +21,7 @@ from balancer import client_tls, keys
 from balancer.access import Access
 from balancer.access_admin import KeyRoutes
 from balancer.access_store import KeyStore
-from balancer.addresses import places
+from balancer.addresses import cannot_listen, places
 from balancer.admin import Admin, AdminPolicy, Levers
 from balancer.admin_door import AdminDoor
 from balancer.announce import announce
@@ -74,7 +74,7 @@ LAST_WORDS_SECONDS = 2.0
 
 
 class PortTaken(Exception):
-    """Somebody listens on the address already."""
+    """Nothing can listen there: somebody does already, or the address is not ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,11 +214,9 @@ async def running(settings: Settings, sockets: Sequence[socket.socket] = ()) -> 
 
         ways: dict[Worker, Way] = {}
 
-        def way_to(worker: Worker) -> Way:
+        def way_to(worker: Worker) -> Way | None:
             if row_of(worker).is_agent:
-                if (met := cluster.way(worker)) is None:
-                    raise Unreachable("it is yet to be met")
-                return met
+                return cluster.way(worker)
             known, headers = ways.get(worker), headers_for(worker)
             if known is None or known.headers != headers:
                 if len(ways) > 4096:  # workers come and go
@@ -236,7 +234,15 @@ async def running(settings: Settings, sockets: Sequence[socket.socket] = ()) -> 
             clock=clock,
             on_met=met,
         )
-        relay = Relay(upstream, clock, way_to, on_stranger=cluster.drop)
+        stack.push_async_callback(cluster.aclose)
+
+        async def meet(worker: Worker, refused: Way | None) -> Way:
+            try:
+                return await cluster.met(worker, refused)
+            except NotMet as error:
+                raise Unreachable(str(error)) from error
+
+        relay = Relay(upstream, clock, way_to, meet)
         dispatcher = Dispatcher(_dispatch_policy(settings), chance, started=clock())
         leases = await stack.enter_async_context(Leases(dispatcher, clock, relay.probe))
         session = await stack.enter_async_context(_watch_session(settings))
@@ -507,11 +513,8 @@ async def _listen(server: HttpServer, settings: Settings, sockets: Sequence[sock
         return await server.listen_on(sockets)
     try:
         return await server.listen(settings.host, settings.port)
-    except OSError as error:
-        raise PortTaken(
-            f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}. "
-            "Choose another port with --port."
-        ) from error
+    except (OSError, UnicodeError) as error:
+        raise PortTaken(cannot_listen(settings.host, settings.port, error)) from error
 
 
 def _journey_policy(settings: Settings) -> JourneyPolicy:

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import logging
 import os
+import stat
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -93,7 +95,7 @@ class Audit:
             self._refusals, self._refused_until = 0, now + self._policy.refused_seconds
 
     async def last(self, limit: int) -> Sequence[Mapping[str, Any]]:
-        """The newest records, newest first."""
+        """The newest records, newest first. Raises `OSError`."""
         await self._flush()
         return await asyncio.to_thread(_last, self._path, min(limit, MAX_LISTED), self._policy.max_files)
 
@@ -127,8 +129,7 @@ class Audit:
 def _append(path: Path, data: bytes, policy: AuditPolicy) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        number = os.open(path, flags, 0o600)
+        number = _opened(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
         try:
             fcntl.flock(number, fcntl.LOCK_EX)
             if not _is_still(number, path):
@@ -145,6 +146,15 @@ def _append(path: Path, data: bytes, policy: AuditPolicy) -> None:
             return
         finally:
             os.close(number)
+
+
+def _opened(path: Path, flags: int) -> int:
+    """Never through a link, and never to wait for who reads or writes a pipe. Raises `OSError`."""
+    number = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(errno.EINVAL, "it is no plain file")
+    return number
 
 
 def _is_still(number: int, path: Path) -> bool:
@@ -170,7 +180,7 @@ def _last(path: Path, limit: int, max_files: int) -> list[Mapping[str, Any]]:
         if len(found) >= limit:
             break
         try:
-            with file.open("rb") as opened:
+            with os.fdopen(_opened(file, os.O_RDONLY), "rb") as opened:
                 opened.seek(max(0, opened.seek(0, os.SEEK_END) - _TAIL_BYTES))
                 lines = opened.read().splitlines()
         except FileNotFoundError:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from balancer.keys import KeyFault, read_own
-from worker_agent import private_files
+from worker_agent import plain_files, private_files
 
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate
@@ -61,10 +61,10 @@ class ClientTls:
         self._quiet: set[str] = set()
         self.fingerprint = ""
         """SHA-256 of the certificate, in hex."""
-        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self.context.minimum_version = ssl.TLSVersion.TLSv1_2
-        self.context.set_alpn_protocols(["http/1.1"])
+        self.context = self._current = _context()
+        """For servers. It hands each connection over to the one with the files as they are now."""
         self.context.sslobject_class = _telling(self._note)
+        self.context.sni_callback = self._hand_over
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -81,13 +81,18 @@ class ClientTls:
                 await watching
 
     async def _watch(self) -> None:
+        told = ""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             try:
                 if await asyncio.to_thread(self._load):
                     log.info("new connections have another certificate now: SHA-256 %s", self.fingerprint)
+                told = ""
             except TlsFault as fault:
-                log.error("%s. Until then the certificate stays as it was", fault)
+                # Tried again with the next look: what was wrong may be put right without a change of them.
+                if str(fault) != told:
+                    told = str(fault)
+                    log.error("%s. Until then the certificate stays as it was", fault)
             except Exception:
                 log.exception("a defect of the balancer, in looking at its certificate")
 
@@ -98,25 +103,36 @@ class ClientTls:
         seen = _state(self._certificate), _state(self._key)
         if seen == self._seen:
             return False
-        self._seen = seen  # of what cannot be used it is told once
         try:
-            # First into one that nobody uses: of a pair that does not fit, half would stay in place.
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
-                self._certificate, self._key, _no_password
-            )
+            for path in (self._certificate, self._key):
+                plain_files.insist_on_plain(path)
+            # Into a new one: of a pair that does not fit, half would stay in the one that is in use.
+            fresh = _context()
+            fresh.load_cert_chain(self._certificate, self._key, _no_password)
             text = self._certificate.read_text("ascii", "replace")
             der = ssl.PEM_cert_to_DER_cert(_first(text))
-            self.context.load_cert_chain(self._certificate, self._key, _no_password)
         except (OSError, ValueError) as error:
             raise TlsFault(_sentence(error, self._certificate, self._key)) from error
-        self.fingerprint = hashlib.sha256(der).hexdigest()
+        if (_state(self._certificate), _state(self._key)) != seen:
+            raise TlsFault(f"{self._certificate} and {self._key} were replaced while they were read")
+        self._current, self.fingerprint, self._seen = fresh, hashlib.sha256(der).hexdigest(), seen
         return True
+
+    def _hand_over(self, connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
+        connection.context = self._current
 
     def _note(self, what: str) -> None:
         """Once each: a client that is set up wrongly tries again and again."""
         if what not in self._quiet:
             self._quiet.add(what)
             log.info("%s", what)
+
+
+def _context() -> ssl.SSLContext:
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    made.minimum_version = ssl.TLSVersion.TLSv1_2
+    made.set_alpn_protocols(["http/1.1"])
+    return made
 
 
 def _telling(note: Callable[[str], None]) -> type[ssl.SSLObject]:
@@ -188,12 +204,15 @@ def _bounded(wanted: frozenset[str], covered: frozenset[str]) -> frozenset[str]:
 
 def _kept(certificate: Path, key: Path) -> Certificate | None:
     from cryptography import x509
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     try:
-        read_own(key, MAX_FILE_BYTES)  # else somebody else may have it
-        return x509.load_pem_x509_certificate(certificate.read_bytes())
+        secret = load_pem_private_key(read_own(key, MAX_FILE_BYTES), None)  # else somebody else may have it
+        found = x509.load_pem_x509_certificate(plain_files.read(certificate, MAX_FILE_BYTES))
     except (FileNotFoundError, ValueError):
         return None
+    # Two files cannot be replaced at once: it may have ended in between.
+    return found if found.public_key() == secret.public_key() else None
 
 
 def _covered(certificate: Certificate) -> Names | None:

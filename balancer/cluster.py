@@ -110,6 +110,15 @@ class Stranger:
     seen: float
 
 
+@dataclass(slots=True)
+class _Meeting:
+    """One that is under way."""
+
+    task: asyncio.Future[Way]
+    awaited: int = 0
+    """By so many; it ends with the last of them."""
+
+
 class Cluster:
     """Who was met. Its methods are for the event loop."""
 
@@ -125,7 +134,8 @@ class Cluster:
         on_met: Callable[[Worker], None] = lambda _: None,
         on_key: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_met` is told of each agent when there is a session with it, `on_key` of a new cluster key."""
+        """`on_met` is told of each agent when there is a session with it, and of the same one again;
+        `on_key` of a new cluster key."""
         self.id = balancer_id
         self._upstream = upstream
         self._memory = memory
@@ -137,6 +147,7 @@ class Cluster:
         self._sessions: dict[WorkerId, Session] = {}
         self._pending: dict[tuple[str, str], Pending] = {}
         self._strangers: dict[tuple[str, str], Stranger] = {}
+        self._meetings: dict[tuple[str, str], _Meeting] = {}
         self._window, self._warned = clock(), 0
         self._writing = asyncio.Lock()
         self._approving = asyncio.Lock()
@@ -190,10 +201,12 @@ class Cluster:
         """It does not belong to the room any more."""
         self._sessions.pop(worker_id, None)
 
-    def drop(self, worker: Worker) -> None:
-        """The session is of no use any more: the agent is to be met again."""
-        if self.way(worker) is not None:
-            del self._sessions[worker.id]
+    async def aclose(self) -> None:
+        """Ends the meetings that are under way."""
+        tasks = [meeting.task for meeting in self._meetings.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     # Meeting ...
 
@@ -202,12 +215,37 @@ class Cluster:
         greeting = await self._hello(Address.of(url), None)
         return greeting.transcript.agent
 
+    async def met(self, worker: Worker, refused: Way | None = None) -> Way:
+        """The session that there is with this agent, else a new one, for all who want it now the same.
+
+        `refused`: the agent does not know this one any more. Raises as `meet`.
+        """
+        way = self.way(worker)
+        if way is not None and way is not refused:
+            self._on_met(worker)
+            return way
+        if way is not None:
+            del self._sessions[worker.id]
+        place = worker.id, worker.url
+        meeting = self._meetings.get(place)
+        if meeting is None:
+            meeting = self._meetings[place] = _Meeting(asyncio.ensure_future(self.meet(worker)))
+        meeting.awaited += 1
+        try:
+            return await asyncio.shield(meeting.task)
+        finally:
+            meeting.awaited -= 1
+            if not meeting.awaited:
+                del self._meetings[place]
+                meeting.task.cancel()
+
     async def meet(self, worker: Worker) -> Way:
         """A session with this agent, a new one if there is one. Raises `NotMet` and `IsPending`."""
         try:
             session = await self._met(worker)
             if session.key != self._keys.current:  # it changed meanwhile
                 session = await self._with_current_key(session)
+            is_first = self._is_bound(worker, session)
         except IsPending:
             raise
         except OtherCertificate as error:  # another one than a moment ago
@@ -216,11 +254,14 @@ class Cluster:
             if error.certain:
                 self._turn_away(worker, error)
             raise
+        # All of it in one step: whoever awaits this may be gone at the next one.
         self._sessions[worker.id] = session
         self._pending.pop((worker.id, worker.url), None)
         self._strangers.pop((worker.id, worker.url), None)
-        await self._remember(worker, session)
         self._on_met(worker)
+        if is_first:
+            log.info("agent %s at %s was met for the first time", worker.id, worker.url)
+            await self._keep_pins()
         return session.way
 
     async def _met(self, worker: Worker) -> Session:
@@ -341,12 +382,19 @@ class Cluster:
     def _is_fresh(self, seen: float) -> bool:
         return self._clock() - seen < FRESH_SECONDS
 
-    async def _remember(self, worker: Worker, session: Session) -> None:
-        if session.fingerprint and self._pins.bind(worker.id, session.fingerprint):
-            log.info("agent %s at %s was met for the first time", worker.id, worker.url)
-            await self._keep_pins()
+    def _is_bound(self, worker: Worker, session: Session) -> bool:
+        """The agent is known by its certificate; True: from now on. Raises `AnotherCertificate` where
+        somebody else of that id was met meanwhile."""
+        try:
+            return bool(session.fingerprint) and self._pins.bind(worker.id, session.fingerprint)
+        except ValueError:
+            raise AnotherCertificate(worker.id) from None
 
     async def _keep_pins(self) -> None:
+        """To its end, whoever awaits it."""
+        await asyncio.shield(self._written())
+
+    async def _written(self) -> None:
         async with self._writing:
             try:
                 await asyncio.to_thread(self._memory.keep, self._pins.to_json())
@@ -403,7 +451,10 @@ class Cluster:
 
     async def rotate(self) -> dict[WorkerId, str]:
         """A new cluster key, for every agent that is met, and what became of each; who is away gets it when
-        it is next met. Raises `CannotRotate`."""
+        it is next met. Once begun it comes to its end, whoever awaits it. Raises `CannotRotate`."""
+        return await asyncio.shield(self._rotated())
+
+    async def _rotated(self) -> dict[WorkerId, str]:
         async with self._rotating:
             self._keys = await asyncio.to_thread(keys.rotated, self._keys)
             log.warning("the cluster has a new key")
@@ -453,11 +504,10 @@ class Cluster:
         """One exchange with an agent, which is met first where it was not, and once more where it has
         forgotten. Raises `NotMet`, `UpstreamError` and `TimeoutError`."""
         async with asyncio.timeout(seconds):
-            way = self.way(worker) or await self.meet(worker)
+            way = await self.met(worker)
             answer = await self._asked(way, method, path, body, limit_bytes, seconds)
             if is_session_unknown(answer.status, answer.body):
-                self.drop(worker)
-                way = await self.meet(worker)
+                way = await self.met(worker, way)
                 answer = await self._asked(way, method, path, body, limit_bytes, seconds)
             return answer
 
@@ -480,7 +530,7 @@ class Cluster:
 def _of_code(agent_id: str, error: Exception) -> str:
     if isinstance(error, KeyRefused):
         return (
-            f"{agent_id} does not show this code now. It shows another one after a few wrong ones, or ten "
-            "minutes: look again"
+            f"agent {agent_id!r} does not show this code now. It shows another one after a few wrong "
+            "ones, or ten minutes: look again"
         )
-    return f"{agent_id} was not let in: {error}"
+    return f"agent {agent_id!r} was not let in: {error}"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import orjson
 from aiohttp import web
 
+from balancer.addresses import join_line
 from balancer.admin import RECORDED
 from balancer.cluster import Cluster, NoSuchPending, NotApproved, Pending, Stranger
 from balancer.core.errors import Conflict, NotFound
@@ -83,7 +84,7 @@ class ClusterRoutes:
         return _json(
             {
                 "invitation": invitation,
-                "command": f"worker-agent join {invitation}",
+                "command": join_line(invitation),
                 "balancers": places,
                 "note": "Whoever has this line can join, and can act as a balancer. It holds until the key "
                 "is rotated.",
@@ -126,7 +127,7 @@ class ClusterRoutes:
         await read_order(request, Nothing)
         agent_id = request.match_info["id"]
         if not await self._cluster.forget(agent_id):
-            raise NotFound(f"No agent {agent_id!r} is remembered: GET /admin/cluster lists those that are.")
+            raise NotFound(f"No agent {agent_id!r} is remembered: `balancer cluster show` lists them.")
         self._wake(WorkerId(agent_id))
         _note(request, f"the certificate of agent {agent_id} is forgotten")
         note = "The next agent of that id that holds the cluster key is taken for it."

@@ -30,7 +30,10 @@ def invite(
     data_dir: DataOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Show the command that makes another machine a worker of this balancer. It holds the cluster key."""
+    """Show the command that makes another machine a worker of this balancer. It holds the cluster key.
+
+    For a program, --json has the invitation alone: it is what `worker-agent join -` reads.
+    """
     told = asked(url, "POST", "/admin/cluster/invite", key=key_for(url, admin_key_file, data_dir))
     if json:
         _print_json(told)

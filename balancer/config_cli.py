@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,9 +15,10 @@ from rich.text import Text
 
 from balancer import admin_cli
 from balancer.admin_cli import JsonOption, KeyOption, asked, fail, key_for
-from balancer.config_file import WorkerEntry, published_schema, read
-from balancer.settings import NAMES, Settings, SettingsError, load
-from worker_agent.forgiving_json import ConfigFaults
+from balancer.client_tls import TlsFault, from_files
+from balancer.config_file import Placed, WorkerEntry, published_schema, read_placed
+from balancer.settings import NAMES, Settings, SettingsError, load, variable
+from worker_agent.forgiving_json import ConfigFaults, Fault
 
 MASKED = "******"
 
@@ -28,11 +30,25 @@ config.command()(admin_cli.reload)
 def check(file: Annotated[Path, typer.Argument(metavar="FILE")]) -> None:
     """Say what is wrong with a configuration file, each fault with line and column."""
     try:
-        content = read(file)
+        placed = read_placed(file)
+        _insist_on_tls_files(file, placed)
     except ConfigFaults as faults:
         fail(str(faults))
-    count = len(content.workers)
+    count = len(placed.content.workers)
     print(f"{file}: fine, {count} worker{'' if count == 1 else 's'}")  # noqa: T201
+
+
+def _insist_on_tls_files(file: Path, placed: Placed) -> None:
+    """A variable may name what the file does not. Raises `ConfigFaults`."""
+    content = placed.content
+    if content.tls != "files":
+        return
+    certificate = os.environ.get(variable("tls_cert_file")) or content.tls_cert_file
+    key = os.environ.get(variable("tls_key_file")) or content.tls_key_file
+    try:
+        from_files(certificate, key)
+    except TlsFault as fault:
+        raise ConfigFaults([Fault(str(file), placed.keys["tls"], str(fault))]) from fault
 
 
 @config.command()
@@ -130,7 +146,7 @@ def _print_settings(told: Mapping[str, Any], running: Mapping[str, Any] | None) 
             workers.add_row(*map(Text, cells))
         console.print(workers)
     for line in [] if running is None else _state_of(running):
-        console.print(Text(line))
+        console.print(Text(line), soft_wrap=True)  # a fault is one line, and its place is to be copied
 
 
 def _state_of(running: Mapping[str, Any]) -> list[str]:

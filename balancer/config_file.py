@@ -739,11 +739,17 @@ def parse(text: str, name: str) -> ConfigFile:
 
 
 def _placed(text: str, name: str) -> Placed:
-    document = _Document(text)
+    document = _document(text)
     faults = sorted(document.faults)
     if faults or document.content is None:
         raise ConfigFaults([Fault(name, place, sentence) for place, sentence in faults])
     return Placed(document.content, document.keys, document.entries)
+
+
+@functools.lru_cache(maxsize=1)
+def _document(text: str) -> _Document:
+    """The file is looked at several times a second, and seldom another one."""
+    return _Document(text)
 
 
 class _Document:

@@ -1,9 +1,9 @@
 """Notices that a configuration file was saved, in whichever way an editor, a script or Kubernetes does that.
 
-By looking twice a second, not by being told: file systems tell of changes in ways of their own, a network
-file system not at all, and a watch on a file that is replaced by another of its name goes blind. What is
-looked at is the content itself, found anew by its name each time, so that neither a link that was turned
-nor a time stamp that did not move hides a change; the files are small.
+By looking several times a second, not by being told: file systems tell of changes in ways of their own, a
+network file system not at all, and a watch on a file that is replaced by another of its name goes blind.
+What is looked at is the content itself, found anew by its name each time, so that neither a link that was
+turned nor a time stamp that did not move hides a change; the files are small.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ Look: TypeAlias = Mapping[Path, str]
 
 @dataclass(frozen=True, slots=True)
 class ConfigWatchPolicy:
-    look_seconds: float = 0.5
-    settle_seconds: float = 0.3
+    look_seconds: float = 0.25
+    settle_seconds: float = 0.2
     """What was changed must then stay as it is for so long before it is read: a save takes a moment."""
 
 

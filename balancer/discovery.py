@@ -279,6 +279,21 @@ class Roster:
         if member.told != member.worker:
             member.told = member.worker
             self._tell(Seen(member.worker))
+        self._leave_place_to(member)
+
+    def _leave_place_to(self, member: _Member) -> None:
+        """Of whoever was there before and is lost."""
+        place = _place(member.worker.url)
+        for worker_id, other in list(self._members.items()):
+            if other is member or other.source is _Source.STATIC or other.lost_since is None:
+                continue
+            if _place(other.worker.url) != place:
+                continue
+            elsewhere = tuple(url for url in other.urls if url not in member.urls)
+            if not elsewhere:
+                self._remove(worker_id, f'"{member.worker.id}" is there now')
+            else:
+                other.urls = elsewhere
 
     def tick(self) -> None:
         """Tries the next address of lost agents that have several, and forgets guests lost for long."""
@@ -289,7 +304,7 @@ class Roster:
             if now - member.lost_since >= FORGET_AFTER_SECONDS:
                 self._remove(worker_id, f"lost for {FORGET_AFTER_SECONDS / 60:g} minutes")
             elif (
-                len(member.urls) > 1
+                any(url != member.worker.url for url in member.urls)
                 and now - max(member.tried_at, member.lost_since) >= TRY_NEXT_AFTER_SECONDS
             ):
                 self._try_next(member)
@@ -341,7 +356,8 @@ class Roster:
             first = alive[urls[0]].worker
             raise NotAdmitted(f'the agent "{first.id}" is alive at {first.url}: another cannot be there')
         for rival in rivals:
-            if rival.worker.url == free[0]:
+            # Who was met keeps its place until somebody else is met there: an announcement ends nothing.
+            if rival.worker.url == free[0] and rival.told is None:
                 self._remove(rival.worker.id, f'"{worker_id}" is there now')
         if known is None:
             self._make_way()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,13 +17,25 @@ from worker_agent.contacts import (
     Calling,
     Meeting,
     Target,
+    asked_target,
     heard_targets,
     own_port,
     reach_all,
     target_of,
 )
 from worker_agent.diagnosis import Stand, diagnose
-from worker_agent.findings import Finding, Here, KeyFile, Known, Level, OwnPort, PortState, Who
+from worker_agent.findings import (
+    Contact,
+    Finding,
+    Here,
+    KeyFile,
+    Known,
+    Level,
+    OwnPort,
+    PortState,
+    Who,
+    as_host,
+)
 from worker_agent.handshake import cluster_tag
 
 ANSWER_SECONDS = 3.0
@@ -55,21 +67,31 @@ class _Known:
     pins: Mapping[str, str]
 
 
-async def examine(policy: DoctorPolicy, asked: Sequence[str] = ()) -> tuple[Finding, ...]:
-    """All that is found, within some ten seconds. `asked`: URLs of agents to look for besides."""
+Room = Callable[[str], Awaitable[Mapping[str, object]]]
+"""What the balancer at this URL answers to GET /admin/cluster; nothing where it does not tell."""
+
+
+async def examine(policy: DoctorPolicy, room: Room, asked: Sequence[str] = ()) -> tuple[Finding, ...]:
+    """All that is found, within some ten seconds. `asked`: addresses of agents to look for besides, each a
+    URL or without its scheme. Raises `contacts.NoAddress`."""
+    given = [asked_target(address, Who.WORKER) for address in asked]
     known = await asyncio.to_thread(_known, policy)
     here = await _look_around()
     own, _ = await own_port(
         policy.host, policy.port, here.interfaces, Calling(""), who=Who.BALANCER, tls=policy.tls
     )
-    workers = await _running_workers(policy, own)
-    named = [*_listed(workers), *_configured(policy.workers, workers), *_asked(asked)]
+    url = _own_url(policy, own)
+    workers = () if url is None else await _running_workers(url)
+    outside = {} if url is None else await room(url)
+    named = [*_listed(workers), *_configured(policy.workers, workers), *given]
     targets = [*named, *heard_targets(here.multicast.announced, Who.WORKER, named)]
     contacts = await reach_all(targets, Meeting(known.key, known.pins))
     elsewhere = any(one.state == "ready" and not here.is_own(one.peer) for one in contacts)
     tunnels = tuple(_by_tunnel(workers))
-    stand = Stand(Who.BALANCER, policy.port, policy.mdns, elsewhere or bool(tunnels), known.file)
-    return (*diagnose(stand, here, own, contacts), *tunnels)
+    waiting = tuple(_not_in(outside, contacts))
+    by_address = elsewhere or bool(tunnels or waiting)
+    stand = Stand(Who.BALANCER, policy.port, policy.mdns, by_address, known.file)
+    return (*diagnose(stand, here, own, contacts), *tunnels, *waiting)
 
 
 async def _look_around() -> Here:
@@ -100,23 +122,30 @@ def _known(policy: DoctorPolicy) -> _Known:
 # Who is known ...
 
 
-async def _running_workers(policy: DoctorPolicy, own: OwnPort) -> Sequence[Mapping[str, object]]:
-    """As the balancer on this machine lists them; none where it does not run."""
+def _own_url(policy: DoctorPolicy, own: OwnPort) -> str | None:
+    """Where the balancer on this machine answers; None: it does not run."""
     address = next((one for one, state in own.states.items() if state is PortState.OURS), None)
-    if address is None:
-        return ()
-    host = f"[{address}]" if ":" in address else address
-    url = f"{'https' if policy.tls else 'http'}://{host}:{policy.port}/health"
+    return (
+        None if address is None else f"{'https' if policy.tls else 'http'}://{as_host(address)}:{policy.port}"
+    )
+
+
+async def _running_workers(url: str) -> Sequence[Mapping[str, object]]:
+    """As the balancer at this URL lists them."""
     try:
         async with (
             aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS)) as session,
-            session.get(url, ssl=False, allow_redirects=False) as response,
+            session.get(f"{url}/health", ssl=False, allow_redirects=False) as response,
         ):
             told = orjson.loads(await response.content.read(MAX_BODY_BYTES))
     except (aiohttp.ClientError, TimeoutError, orjson.JSONDecodeError):
         return ()
-    workers = told.get("workers") if isinstance(told, dict) else None
-    return [one for one in workers if isinstance(one, dict)] if isinstance(workers, list) else ()
+    return _rows(told, "workers") if isinstance(told, dict) else ()
+
+
+def _rows(told: Mapping[str, object], name: str) -> Sequence[Mapping[str, object]]:
+    rows = told.get(name)
+    return [one for one in rows if isinstance(one, dict)] if isinstance(rows, list) else ()
 
 
 def _listed(workers: Sequence[Mapping[str, object]]) -> list[Target]:
@@ -142,9 +171,21 @@ def _configured(workers: Sequence[Worker], listed: Sequence[Mapping[str, object]
     return found
 
 
-def _asked(urls: Sequence[str]) -> list[Target]:
-    found = (target_of(url, Who.WORKER, Known.GIVEN) for url in urls)
-    return [one for one in found if one is not None]
+def _not_in(told: Mapping[str, object], contacts: Sequence[Contact]) -> Iterator[Finding]:
+    """Agents that came by themselves and are not let in, but for those that were reached: of these it is told
+    already."""
+    reached = {one.name for one in contacts if one.speaks}
+    for name in ("pending", "mismatches", "turned_away"):
+        for one in _rows(told, name):
+            if one.get("id") in reached:
+                continue
+            area, place = f"worker {one.get('id')}", one.get("url")
+            if name == "pending":
+                fix = f"type the code that it shows: `{one.get('command')}`"
+                yield Finding(area, Level.WARNING, f"at {place}: it waits for approval", fix)
+            else:
+                # The reason says what to do.
+                yield Finding(area, Level.WARNING, f"at {place}: it is not let in: {one.get('reason')}")
 
 
 def _by_tunnel(workers: Sequence[Mapping[str, object]]) -> Iterator[Finding]:

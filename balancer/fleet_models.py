@@ -566,7 +566,9 @@ class _Agent:
         except TimeoutError:
             raise Failed(504, f"it did not answer within {self._seconds:g} s") from None
         except NotMet as error:
-            raise Failed(409 if error.certain else 502, f"it is not asked: {error}") from error
+            if error.certain:
+                raise Failed(409, f"it is not asked: {error}") from error
+            raise Failed(502, f"it cannot be reached: {error}") from error
         except UpstreamError as error:
             raise Failed(502, f"it cannot be reached: {error}") from error
 

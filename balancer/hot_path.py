@@ -36,6 +36,7 @@ from balancer.core.errors import BodyTimeout, RequestError
 from balancer.hardened import LAST, HardenedHandler, Noise, plain_answer, plain_requests
 from balancer.inference import Admitted, Client, Head, refuse, request_id
 from balancer.origins import Origins, is_for_answers
+from balancer.securing import Securing, remote_of
 
 log = logging.getLogger(__name__)
 
@@ -135,13 +136,14 @@ class HotConnection(asyncio.Protocol):
         "_written",
     )
 
-    def __init__(self, server: HttpServer) -> None:
+    def __init__(self, server: HttpServer, *, is_counted: bool = False) -> None:
+        """`is_counted`: it has its place among the connections already."""
         self._server = server
         self._loop = server.loop
         self._transport: asyncio.Transport = None  # type: ignore[assignment]  # until the first call
         self._state = _State.HEAD
         self._remote = ""
-        self._counted = False
+        self._counted = is_counted
         self._pending = b""
         """What has come and is not read yet, or is no whole head yet."""
         self._pieces = 0
@@ -178,18 +180,24 @@ class HotConnection(asyncio.Protocol):
         self._remote = remote_of(transport)
         self._transport.set_write_buffer_limits(high=server.policy.write_ahead_bytes)
         server.ours.add(self)
-        try:
-            server.connections.open(self._remote)
-        except RequestError as error:
-            server.noise.heard(self._remote, f"more connections than there may be ({error.code})")
-            self._transport.write(plain_answer(error))
-            self._linger()
-            return
-        self._counted = True
+        if not self._counted:
+            try:
+                server.connections.open(self._remote)
+            except RequestError as error:
+                server.refused(self._remote, error)
+                self._transport.write(plain_answer(error))
+                self._linger()
+                return
+            self._counted = True
         if server.policy.hot_path:
             self._due(server.idle_seconds)
         else:
             self._hand_over(b"")
+
+    @property
+    def is_begun(self) -> bool:
+        """It was told of its connection."""
+        return self._transport is not None
 
     def data_received(self, data: bytes) -> None:
         state = self._state
@@ -529,9 +537,9 @@ class HttpServer:
         self.inference = inference
         self.origins = origins
         self.policy = policy
-        self._tls = tls
         self.connections = Connections(affordable(policy.connections))
         self.noise = Noise(self.loop.time)
+        self._securing = None if tls is None else self._secured_by(tls)
         self.ours: set[HotConnection] = set()
         self.lingering: set[HotConnection] = set()
         self.emptied = asyncio.Event()
@@ -556,7 +564,8 @@ class HttpServer:
     async def __aexit__(self, *_: object) -> None:
         """Ends everything, what is under way too."""
         self._stop_listening()
-        tasks = [task for one in list(self.ours) if (task := one.stop()) is not None]
+        tasks = self._securing.end() if self._securing is not None else []
+        tasks += [task for one in list(self.ours) if (task := one.stop()) is not None]
         if tasks:
             await asyncio.wait(tasks, timeout=self.policy.shutdown_seconds)
         await self._runner.cleanup()
@@ -565,9 +574,7 @@ class HttpServer:
 
     async def listen(self, host: str, port: int) -> int:
         """On an address; gives the port. Raises `OSError`."""
-        server = await self.loop.create_server(
-            self._protocol, host, port, backlog=self.policy.backlog, **self._secured()
-        )
+        server = await self.loop.create_server(self._protocol, host, port, backlog=self.policy.backlog)
         self._listening.append(server)
         return int(server.sockets[0].getsockname()[1])
 
@@ -575,18 +582,10 @@ class HttpServer:
         """On sockets that listen already; gives the port of the first."""
         for one in sockets:
             one.setblocking(False)
-            server = await self.loop.create_server(
-                self._protocol, sock=one, backlog=self.policy.backlog, **self._secured()
-            )
+            server = await self.loop.create_server(self._protocol, sock=one, backlog=self.policy.backlog)
             self._listening.append(server)
         name = sockets[0].getsockname()
         return int(name[1]) if isinstance(name, tuple) else 0
-
-    def _secured(self) -> dict[str, Any]:
-        if self._tls is None:
-            return {}
-        seconds = self.policy.tls_handshake_seconds
-        return {"ssl": self._tls, "ssl_handshake_timeout": seconds, "ssl_shutdown_timeout": seconds}
 
     def retire(self) -> None:
         """Another process has the same socket: accept nothing more, answer what comes over the connections
@@ -623,6 +622,9 @@ class HttpServer:
         """For which a connection may wait for its next request."""
         return self.policy.retiring_idle_seconds if self._retiring else self.policy.head_seconds
 
+    def refused(self, address: str, error: RequestError) -> None:
+        self.noise.heard(address, f"more connections than there may be ({error.code})")
+
     def lost(self, address: str) -> None:
         self.connections.close(address)
         self._note_emptied()
@@ -656,8 +658,18 @@ class HttpServer:
             self._date_until = now + 1.0
         return self._date
 
-    def _protocol(self) -> HotConnection:
-        return HotConnection(self)
+    def _protocol(self) -> asyncio.Protocol:
+        return HotConnection(self) if self._securing is None else self._securing.protocol()
+
+    def _secured_by(self, tls: ssl.SSLContext) -> Securing:
+        return Securing(
+            tls,
+            self.policy.tls_handshake_seconds,
+            self.connections,
+            make=lambda: HotConnection(self, is_counted=True),
+            refused=self.refused,
+            lost=self.lost,
+        )
 
     async def _prepare(self, request: web.Request, response: web.StreamResponse) -> None:
         response.headers.pop("Server", None)  # nobody need know what this is made of
@@ -688,9 +700,3 @@ def affordable(policy: ConnectionPolicy) -> ConnectionPolicy:
         *(soft, most, policy.max_connections),
     )
     return replace(policy, max_connections=most)
-
-
-def remote_of(transport: asyncio.BaseTransport) -> str:
-    """The address at the other end; empty for a Unix socket."""
-    name = transport.get_extra_info("peername")
-    return name[0] if isinstance(name, tuple) else ""

@@ -13,13 +13,12 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Protocol
 
-from balancer.access import Access, ApiKey, ModelNotAllowed
+from balancer.access import Access, ApiKey, ApiKeyOver, ModelNotAllowed
 from balancer.core.errors import (
     BadRequest,
     BodyTooLarge,
@@ -62,7 +61,7 @@ _REQUEST_ID, _HOPS, _PRIORITY, _LOCAL_ONLY = (
     name.lower() for name in (REQUEST_ID_HEADER, HOPS_HEADER, PRIORITY_HEADER, LOCAL_ONLY_HEADER)
 )
 _UNCOUNTED = nullcontext()
-_NO_LIMITS: Mapping[str, str] = MappingProxyType({})
+_NO_LIMITS: Mapping[str, str] = {}  # a plain one is put into a dictionary for nothing
 _HARMLESS_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 JSON_TYPE = "application/json"
@@ -151,9 +150,9 @@ class Inference:
         """`secret`: at most 64 bytes, for digests of prompts and keys that tell nothing to others. `access`:
         the keys of which each request has to bring one; None: keys are not looked at."""
         self.policy = policy
-        self.access = access
         self._journey = journey
         self._secret = secret
+        self.ask_for_keys(access)
         self.draining = False
         """Set when the balancer is about to end: nothing new is taken, connections are not kept."""
         self._held_bytes = 0
@@ -167,6 +166,8 @@ class Inference:
     def ask_for_keys(self, access: Access | None) -> None:
         """From now on each request has to bring one of these; None: keys are not looked at."""
         self.access = access
+        if access is not None:
+            access.on_over = self._turn_away
 
     # Before the body is read
 
@@ -228,8 +229,10 @@ class Inference:
         current_request.set(admitted.request_id)
         story = None
         delivery = None
+        held = 0
         try:
-            with self._holding(len(body)), self._counted(admitted.key):
+            held = self._hold(len(body))
+            with self._counted(admitted.key):
                 asked = await _parsed(admitted.head.endpoint, body, self._secret)
                 del body  # from here on it is held as what goes to a worker
                 if admitted.local_only and not asked.local_only:
@@ -260,9 +263,10 @@ class Inference:
             else:
                 refuse(admitted.request_id, refusal, client, admitted.limits)
         finally:
+            self._held_bytes -= held
             if delivery is not None:
                 delivery.close()
-            current_request.set("")
+            current_request.set("")  # what is called soon from here on belongs to another request
 
     def note(self, head: Head, refusal: RequestError) -> None:
         """One line in the log for a request that was refused before it had a story."""
@@ -287,9 +291,7 @@ class Inference:
         if asked.local_only:  # a worker may be a balancer, with fallbacks of its own
             passed_on[LOCAL_ONLY_HEADER] = "1"
         asker = (
-            _digest_of_key(head.headers.get("authorization"), self._secret)
-            if key is None
-            else f"key {key.name}"
+            _digest_of_key(head.headers.get("authorization"), self._secret) if key is None else _asker(key)
         )
         return self._journey.begin(admitted.request_id, head.remote, passed_on, service_class, asker)
 
@@ -297,18 +299,18 @@ class Inference:
         """As one of those that its key may have under way."""
         if key is None or self.access is None:
             return _UNCOUNTED
+        self.access.insist_on_force(key)  # its body may have been long in coming
         return self.access.holding(key)
 
-    @contextmanager
-    def _holding(self, size: int) -> Iterator[None]:
+    def _turn_away(self, key: ApiKey) -> None:
+        self._journey.turn_away(_asker(key), ApiKeyOver(key.name, revoked=True))
+
+    def _hold(self, size: int) -> int:
         """Counts the bytes of all that waits or runs: a line of a thousand long papers is bounded too."""
         if self._held_bytes + size > self.policy.max_held_bytes:
             raise QueueFull("Too many long requests are under way. Try again in 5 s.", 5.0)
         self._held_bytes += size
-        try:
-            yield
-        finally:
-            self._held_bytes -= size
+        return size
 
 
 class _Delivery:
@@ -429,6 +431,10 @@ def _is_local_only(value: str | None) -> bool:
     if meant is None:
         raise BadRequest(f"The header {LOCAL_ONLY_HEADER} must be 'true' or 'false', or left out.")
     return meant
+
+
+def _asker(key: ApiKey) -> str:
+    return f"key {key.id}"
 
 
 def _digest_of_key(authorization: str | None, secret: bytes) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from math import inf
@@ -231,8 +231,17 @@ class Journey:
 
     def end_all(self, error: RequestError) -> None:
         """Whatever is under way ends now, and its client is told so."""
+        self._end(self._calls, error)
+
+    def turn_away(self, asker: str, error: RequestError) -> None:
+        """What waits for this asker, with nothing of an answer yet, ends now, and its client is told so. What
+        a worker has goes on."""
+        waits = [call for call in self._calls if call.story.waits is not None and not call.begun]
+        self._end((call for call in waits if call.story.asker == asker), error)
+
+    def _end(self, calls: Iterable[_Call], error: RequestError) -> None:
         now = self._clock()
-        for call in self._calls:
+        for call in calls:
             call.ended = call.ended or error
             if not call.limit.expired():
                 call.limit.reschedule(now)

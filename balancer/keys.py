@@ -19,7 +19,7 @@ from pathlib import Path
 
 from balancer.core.errors import RequestError
 from worker_agent import private_files
-from worker_agent.handshake import LEAST_KEY_CHARACTERS
+from worker_agent.handshake import LEAST_KEY_CHARACTERS, MOST_KEY_CHARACTERS, is_cluster_key
 from worker_agent.private_files import FileFault
 
 ADMIN_KEY = "admin_key"
@@ -132,7 +132,7 @@ def _former(path: Path) -> tuple[str, ...]:
         lines = read_own(path, MAX_KEY_BYTES).decode("ascii", "replace").split()
     except FileNotFoundError:
         return ()
-    return tuple(line for line in lines if len(line) >= LEAST_KEY_CHARACTERS)[:MAX_FORMER_KEYS]
+    return tuple(line for line in lines if is_cluster_key(line))[:MAX_FORMER_KEYS]
 
 
 # Files ...
@@ -144,8 +144,6 @@ def read(path: Path) -> str:
     try:
         key = data.decode("ascii").strip()
     except UnicodeDecodeError:
-        key = ""
-    if not key.isprintable() or " " in key:
         key = ""
     return _strong(key, f"the key in {path}")
 
@@ -184,10 +182,10 @@ def _unwritable(path: Path, error: OSError) -> KeyFault:
 
 
 def _strong(key: str, what: str) -> str:
-    if len(key) < LEAST_KEY_CHARACTERS:
+    if not is_cluster_key(key):
         raise KeyFault(
-            f"{what} is not usable: expected one word of at least {LEAST_KEY_CHARACTERS} characters. Without "
-            "one, a key is made on the next start"
+            f"{what} is not usable: expected one word of at least {LEAST_KEY_CHARACTERS} and at most "
+            f"{MOST_KEY_CHARACTERS} characters. Without one, a key is made on the next start"
         )
     return key
 

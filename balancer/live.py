@@ -173,6 +173,11 @@ class LiveConfiguration:
             self._put_room(fresh.room)
         self._room = fresh.room
         applied = self._take_over(fresh)
+        self._sources |= {
+            name: fresh.source_of(name)
+            for name in NAMES
+            if _value(self._in_force, name) == _value(fresh, name)
+        }
         self._needs_restart = _differing(self._in_force, fresh)
         return Reloaded(
             added=tuple(sorted(after.keys() - before.keys())),
@@ -191,18 +196,18 @@ class LiveConfiguration:
             changed = {name for name in live.names if _value(self._in_force, name) != _value(fresh, name)}
             if not changed:
                 continue
-            wanted = self._in_force.model_copy(update={name: getattr(fresh, name) for name in changed})
+            wanted = self._in_force.taking(changed, fresh)
             if live.fits(self._in_force, wanted):
                 live.apply(wanted)
                 self._in_force = wanted
-                self._sources |= {name: fresh.source_of(name) for name in changed}
                 applied |= changed
         return applied
 
 
 def _value(settings: Settings, name: str) -> object:
+    """By which it is seen that it has changed."""
     value: object = getattr(settings, name)
-    return value
+    return settings.named_sources() if name == "discover" else value  # with the keys that it names
 
 
 def _set_log_level(settings: Settings) -> None:

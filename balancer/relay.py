@@ -14,7 +14,7 @@ import asyncio
 import logging
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import NamedTuple, Protocol
@@ -223,16 +223,16 @@ class Relay:
         self,
         upstream: Upstream,
         clock: Callable[[], float],
-        way_to: Callable[[Worker], Way],
-        on_stranger: Callable[[Worker], None] = lambda _: None,
+        way_to: Callable[[Worker], Way | None],
+        meet: Callable[[Worker, Way | None], Awaitable[Way]],
     ) -> None:
         """`way_to`: how a worker is reached, with what goes along with each request (its API key, an agent's
-        session). It raises `Unreachable` for an agent that was not met. `on_stranger` is told of one that
-        does not know the session."""
+        session); None: an agent that was not met. `meet` finds that out, also where the agent does not know
+        the way's session any more; it raises `Unreachable`."""
         self._upstream = upstream
         self._clock = clock
         self._way_to = way_to
-        self._on_stranger = on_stranger
+        self._meet = meet
         self._prefills = Prefills(self._answer_of, clock)
         self._heads: dict[tuple[Worker, Endpoint, bool, ModelName | None], _KnownHead] = {}
 
@@ -256,8 +256,6 @@ class Relay:
             answer = await self._exchange(worker, model, request, passed_on, stream, progress)
         except Failed as failed:
             cause, gone, kind = failed.cause, False, row_of(worker)
-            if failed.is_stranger:
-                self._on_stranger(worker)
             if cause is Cause.BROKE and not (kind.is_agent or kind.is_remote):
                 # What broke the connection may have been the end of the engine itself.
                 gone = not await self._upstream.listens(_address(worker), KNOCK_SECONDS)
@@ -293,10 +291,8 @@ class Relay:
 
     def _secrets(self, worker: Worker) -> Mapping[str, str]:
         """Headers that nobody else shall see."""
-        try:
-            return self._way_to(worker).headers
-        except Unreachable:
-            return {}
+        way = self._way_to(worker)
+        return {} if way is None else way.headers
 
     async def probe(self, probe: Probe) -> Ended:
         """Have a worker generate something that nobody asked for; says how it went."""
@@ -343,18 +339,16 @@ class Relay:
             body = request.to_worker(model, stream=streams)
         else:
             body = await _translated(kind.body, worker, request, model, streams)
-        try:
-            way = self._way_to(worker)
-        except Unreachable as error:
-            raise Failed(Cause.UNREACHABLE, str(error)) from error
-        head = self._head(worker, way, request.endpoint, streams, model)
+        rest = b""
         if not kind.is_remote:  # what is told of the room is for the room
-            head += b"".join(_header(name, value) for name, value in passed_on.items())
+            rest += b"".join(_header(name, value) for name, value in passed_on.items())
         if goes_on and kind.is_agent:
-            head += _header(CONTINUE_HEADER, "1")
-        head += b"Content-Length: %d\r\n\r\n" % len(body)
-        fresh = False
+            rest += _header(CONTINUE_HEADER, "1")
+        rest += b"Content-Length: %d\r\n\r\n" % len(body)
+        way = self._way_to(worker) or await self._met(worker, None)
+        fresh = met_again = False
         while True:
+            head = self._head(worker, way, request.endpoint, streams, model) + rest
             listener = _Listener(
                 request,
                 stream,
@@ -377,6 +371,16 @@ class Relay:
                 if fresh:
                     raise Failed(Cause.BROKE, str(error)) from error
                 fresh = True
+            except Failed as failed:
+                if not failed.is_stranger or met_again:
+                    raise
+                way, met_again, fresh = await self._met(worker, way), True, False
+
+    async def _met(self, worker: Worker, refused: Way | None) -> Way:
+        try:
+            return await self._meet(worker, refused)
+        except Unreachable as error:
+            raise Failed(Cause.UNREACHABLE, str(error)) from error
 
     async def _going_on(self, worker: Worker, model: ModelName, request: Request) -> Request:
         """The request in the words of a worker without an agent. Raises `Failed` if it has none for it."""

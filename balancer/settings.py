@@ -9,7 +9,7 @@ import dataclasses
 import os
 import re
 import ssl
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from balancer.config_file import (
 )
 from balancer.discovery import Entry
 from balancer.names import Source
+from worker_agent import plain_files
 from worker_agent.forgiving_json import ConfigFaults
 
 PREFIX = "BALANCER_"
@@ -89,6 +90,7 @@ class Settings(Tunables, BaseSettings):
     _flags: Mapping[str, object] = PrivateAttr(default_factory=dict)
     _sources: Mapping[str, str] = PrivateAttr(default_factory=dict)
     _worker_sources: tuple[str, ...] = PrivateAttr(default=())
+    _named: tuple[Source, ...] = PrivateAttr(default=())
 
     @property
     def room(self) -> tuple[Entry, ...]:
@@ -110,9 +112,8 @@ class Settings(Tunables, BaseSettings):
         return self._config
 
     def named_sources(self) -> tuple[Source, ...]:
-        """The DNS names to look up, with the keys for what is behind them. Blocking. Raises `SettingsError`
-        for a key that cannot be had."""
-        return _named_sources(self.discover, Path() if self._config is None else self._config.parent)
+        """The DNS names to look up, with the keys for what is behind them."""
+        return self._named
 
     @property
     def worker_sources(self) -> tuple[str, ...]:
@@ -124,13 +125,20 @@ class Settings(Tunables, BaseSettings):
         variable or a flag."""
         return self._sources.get(name, "default")
 
+    def taking(self, names: Collection[str], other: Settings) -> Settings:
+        """These, with the values that the other ones have for some."""
+        taken = self.model_copy(update={name: getattr(other, name) for name in names})
+        if "discover" in names:
+            taken._named = other._named
+        return taken
+
     def read_again(self) -> Settings:
         """From the same file, variables and flags, as they are now. Blocking. Raises as `load` does."""
         return load(self._config, self._flags)
 
     def files(self) -> tuple[Path, ...]:
         """All files that say what the settings are: the JSON file first, then those that it names as it is
-        now, or, where it cannot be read, named before. Blocking."""
+        now, or, where it cannot be read, named before. Blocking; cheap while the file stays the same."""
         if self._config is None:
             return ()
         folder = self._config.parent
@@ -175,16 +183,18 @@ def load(config: Path | None, flags: Mapping[str, object]) -> Settings:
     settings._cluster_key = _own_key("cluster_key", settings.cluster_key_file)
     settings._room = _entries(settings.workers, folder)
     settings._config, settings._flags = config, given
-    settings.named_sources()
+    settings._named = _named_sources(settings.discover, folder)
     file_name = "" if config is None else config.name
-    settings._sources = _sources(placed, given, file_name)
+    settings._sources = _sources(placed, given, file_name, settings.policy)
     settings._worker_sources = tuple(f"{file_name}:{place.line}:{place.column}" for place in placed.workers)
     return settings
 
 
-def _sources(placed: Placed, flags: Mapping[str, object], file: str) -> Mapping[str, str]:
+def _sources(placed: Placed, flags: Mapping[str, object], file: str, policy: str) -> Mapping[str, str]:
     """Of each setting that is not at its default: the layer that came last."""
     found = {name: f"{file}:{place.line}:{place.column}" for name, place in placed.keys.items()}
+    if policy != placed.content.policy:
+        found.pop("scorer_weights", None)  # as in `_layered`
     for name in (*Tunables.model_fields, "admin_key", "cluster_key"):
         if os.environ.get(variable(name)):
             found[name] = variable(name)
@@ -333,8 +343,7 @@ def _secret(reference: SecretReference, folder: Path) -> str:
         named = "a file (its name looks like a key, and is not shown)" if hidden else f"the file {path}"
         where = f"comes from {named}, which"
         try:
-            with path.open("rb") as file:
-                data = file.read(MAX_SECRET_BYTES + 1)
+            data = plain_files.read(path, MAX_SECRET_BYTES + 1)
             secret = data.decode("ascii").strip()
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not plain ASCII text"

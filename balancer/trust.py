@@ -10,6 +10,9 @@ from __future__ import annotations
 import functools
 import ssl
 from collections.abc import Mapping
+from pathlib import Path
+
+from worker_agent import plain_files
 
 _UNKNOWN_ISSUER = frozenset({2, 18, 19, 20, 21})
 _NOT_YET_VALID = 9
@@ -36,6 +39,8 @@ def context(ca_file: str | None = None) -> ssl.SSLContext:
 
 def read(ca_file: str | None = None) -> ssl.SSLContext:
     """The same as the file is now; what is in use stays. Blocking, and raises as `context` does."""
+    if ca_file is not None:
+        plain_files.insist_on_plain(Path(ca_file))
     made = ssl.create_default_context(cafile=ca_file)
     made.set_alpn_protocols(["http/1.1"])
     return made

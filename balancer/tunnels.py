@@ -14,10 +14,11 @@ import logging
 import os
 import socket
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from urllib.parse import unquote
 
 from aiohttp import web
@@ -47,7 +48,7 @@ class TunnelPolicy:
     max_per_agent: int = 64
     """Connections that wait; one more takes the place of the oldest of the address that has the most."""
     max_waiting: int = 512
-    """Of all agents together."""
+    """The same of all agents together."""
     idle_seconds: float = 300.0
     """That one waits; then it is closed, and the agent opens another. What lies between may have forgotten
     one that is older."""
@@ -122,14 +123,12 @@ class Tunnels:
 
     def admit(self, agent_id: str, tag: str, address: str) -> None:
         """Whether a connection of this agent may be given. Raises `RequestError`."""
-        agent = self._agents.get(agent_id)
-        if agent is None:
+        if agent_id not in self._agents:
             self._insist_on_room(address)
-            agent = self._agents[agent_id] = _Agent()
-        elif self.waiting >= self._policy.max_waiting:
-            raise _too_many()
+        self._arrived(agent_id, tag)  # whoever is refused is nobody, and changes nothing for who waits here
+        agent = self._agents.setdefault(agent_id, _Agent())
         agent.tag, agent.heard_at = tag, self._clock()
-        self._tell(agent_id, agent)
+        agent.told_at = agent.heard_at
 
     def give(self, agent_id: str, sock: socket.socket, address: str) -> None:
         """A connection on which this agent waits for a request, of one that was just admitted."""
@@ -141,8 +140,9 @@ class Tunnels:
                 asker.set_result(sock)
                 return
         if len(agent.waiting) >= self._policy.max_per_agent:
-            most, _ = Counter(one.address for one in agent.waiting).most_common(1)[0]
-            self._close(agent, next(one for one in agent.waiting if one.address == most))
+            self._close_one([agent])
+        elif self.waiting >= self._policy.max_waiting:
+            self._close_one(self._agents.values())
         one = _Waiting(sock, address, self._clock())
         agent.waiting.append(one)
         self._loop.add_reader(sock, partial(self._ended, agent_id, one))
@@ -151,17 +151,16 @@ class Tunnels:
         from_there = sum(
             any(one.address == address for one in agent.waiting) for agent in self._agents.values()
         )
-        full = len(self._agents) >= self._policy.max_agents or self.waiting >= self._policy.max_waiting
+        full = len(self._agents) >= self._policy.max_agents
         if full or from_there >= self._policy.max_agents_per_address:
             raise _too_many()
 
-    def _tell(self, agent_id: str, agent: _Agent) -> None:
-        agent.told_at = self._clock()
-        try:
-            self._arrived(agent_id, agent.tag)
-        except RequestError:
-            self._forget(agent_id)
-            raise
+    def _close_one(self, agents: Iterable[_Agent]) -> None:
+        """The oldest of the address that has the most."""
+        waiting = [(one.since, one, agent) for agent in agents for one in agent.waiting]
+        most, _ = Counter(one.address for _, one, _ in waiting).most_common(1)[0]
+        _, one, agent = min((each for each in waiting if each[1].address == most), key=itemgetter(0))
+        self._close(agent, one)
 
     # ... and out
 
@@ -177,7 +176,7 @@ class Tunnels:
                 agent.heard_at = self._clock()
                 return one.sock
             one.sock.close()
-        if self._clock() - agent.heard_at > self._policy.wait_seconds:
+        if self._clock() - agent.heard_at >= self._policy.wait_seconds:
             raise _nobody()
         return await self._opened(agent)
 
@@ -206,11 +205,14 @@ class Tunnels:
             for one in list(agent.waiting):
                 if now - one.since >= self._policy.idle_seconds:
                     self._close(agent, one)
-            if not agent.waiting and not agent.askers and now - agent.heard_at > self._policy.idle_seconds:
+            if not agent.waiting and not agent.askers and now - agent.heard_at >= self._policy.wait_seconds:
                 del self._agents[agent_id]
             elif agent.waiting and now - agent.told_at >= self._policy.tell_seconds:
-                with suppress(RequestError):
-                    self._tell(agent_id, agent)
+                agent.told_at = now
+                try:
+                    self._arrived(agent_id, agent.tag)
+                except RequestError:
+                    self._forget(agent_id)
 
     def aclose(self) -> None:
         """Ends them all."""

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from balancer.admin_cli import DEFAULT_URL, DataOption, KeyOption, UrlOption, key_for
+from balancer.admin_cli import DEFAULT_URL, DataOption, KeyOption, UrlOption, fail, key_for
 from balancer.batch.client import root_of
 from balancer.dashboard.routes import PAGE_PATH, page_url
+from balancer.reached import NotTrusted, reach
 
 
 def ui(
@@ -21,7 +22,10 @@ def ui(
     ] = False,
 ) -> None:
     """Print the address of the page that signs in by itself. It holds the admin key: give it to nobody."""
-    base = root_of(url.strip())
+    try:
+        base = reach(root_of(url.strip())).root
+    except NotTrusted as error:
+        fail(str(error))
     print(page_url(base, key_for(base, admin_key_file, data_dir)))  # noqa: T201
     if open_:
         # Without the key: a browser is started by a command line, which everybody on this machine can read.

@@ -9,13 +9,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shlex
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
+from balancer.addresses import join_line
 from balancer.app import Running
 from balancer.core.dispatcher import WorkerView
 
@@ -88,7 +91,7 @@ class LocalAgent:
         loop = asyncio.get_running_loop()
         try:
             self.log_file.parent.mkdir(parents=True, exist_ok=True)
-            self.log_file.write_bytes(b"")
+            _private(self.log_file, "wb").close()
         except OSError as error:
             raise AgentFailed(
                 f"cannot write its log {self.log_file}: {error.strerror}; choose another --data-dir"
@@ -111,7 +114,7 @@ class LocalAgent:
     async def _run_once(self, command: tuple[str, ...]) -> int:
         if self.log_file.stat().st_size > MAX_LOG_BYTES:
             self.log_file.write_bytes(b"")
-        with self.log_file.open("ab") as output:
+        with _private(self.log_file, "ab") as output:
             # A session of its own: Ctrl-C in the terminal is for us, who then stop it in order.
             self._process = await asyncio.create_subprocess_exec(
                 *command,
@@ -149,6 +152,13 @@ class LocalAgent:
             text = file.read().decode("utf-8", "replace").strip()
             return "\n".join(text.splitlines()[-lines:])
         return ""
+
+
+def _private(path: Path, mode: str) -> IO[bytes]:
+    """Its owner's alone: what an engine writes into it is not ours to judge. Raises `OSError`."""
+    file: IO[bytes] = open(path, mode, opener=lambda name, flags: os.open(name, flags, 0o600))  # noqa: SIM115
+    os.fchmod(file.fileno(), 0o600)  # it may have been there before
+    return file
 
 
 def agent_environment(own: Mapping[str, str], cluster_key: str) -> dict[str, str]:
@@ -191,26 +201,33 @@ def _progress(agent: WorkerView | None) -> str:
 
 
 def welcome(
-    view: WorkerView, *, local: str, places: tuple[str, ...], invitation: str, loopback_only: bool
+    view: WorkerView,
+    *,
+    local: str,
+    places: tuple[str, ...],
+    invitation: str,
+    loopback_only: bool,
+    certificate: Path | None = None,
 ) -> dict[str, str]:
     """What a new user wants to know, by heading; the commands work as pasted.
 
     They bound the answer: a small model now and then does not stop before its context is full.
 
     `local`: the balancer's URL on this machine. `places`: where it is for others, `host:port`.
+    `certificate`: of the balancer's own making, which clients have to be told to trust.
     """
     model = view.models[0]
+    trusting = "" if certificate is None else f"--cacert {shlex.quote(str(certificate))} "
     texts = {
         "Endpoint": "\n".join([f"{local}/v1", *(f"{_url(place)}/v1" for place in places)]),
         "Model": f"{model} ({view.engine} on {view.hardware})" if view.hardware else model,
         "Try it": (
-            f"curl {local}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+            f"curl {trusting}{local}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
             f'  -d \'{{"model": "{model}", "stream": true, "max_tokens": 200, '
             '"messages": [{"role": "user", "content": "Say hello."}]}\''
         ),
         "From Python (pip install openai)": (
-            "from openai import OpenAI\n"
-            f'client = OpenAI(base_url="{local}/v1", api_key="none")\n'
+            f"{_python_client(local, certificate)}\n"
             "answer = client.chat.completions.create(\n"
             f'    model="{model}", max_tokens=200, '
             'messages=[{"role": "user", "content": "Say hello."}]\n'
@@ -224,12 +241,24 @@ def welcome(
     return texts
 
 
+def _python_client(local: str, certificate: Path | None) -> str:
+    if certificate is None:
+        return f'from openai import OpenAI\nclient = OpenAI(base_url="{local}/v1", api_key="none")'
+    return (
+        "import ssl\n"
+        "from openai import DefaultHttpxClient, OpenAI\n"
+        f"trusted = ssl.create_default_context(cafile={str(certificate)!r})\n"
+        f'client = OpenAI(base_url="{local}/v1", api_key="none", '
+        "http_client=DefaultHttpxClient(verify=trusted))"
+    )
+
+
 def _joining(invitation: str, places: tuple[str, ...], loopback_only: bool) -> str:
     if loopback_only or not places:
         return "needs this balancer to listen on the network: start it with --host 0.0.0.0"
     return (
         "on it, in a checkout of this project (the line holds the cluster key: keep it to yourself):\n"
-        f"pip install uv && uv run worker-agent join '{invitation}'"
+        f"{join_line(invitation)}"
     )
 
 

@@ -38,6 +38,9 @@ DISTRUST_SECONDS = 60.0
 STALE_SECONDS = 0.5
 """A connection that was about to be closed when the request was written shows it within a way there and back;
 who closes it later has read the request."""
+MAX_AGE_SECONDS = 300.0
+"""No connection serves a further request after that, however busy it is: the name of its host may lead
+elsewhere by now."""
 MAX_IDLE = 256
 """Connections that are kept for one address."""
 REST_SECONDS = 1.0
@@ -49,7 +52,7 @@ ANY_CERTIFICATE: Final = "any"
 TUNNEL_SCHEME: Final = "tunnel://"
 MAX_WRONG_TUNNELS = 4
 """Anybody may open connections under an agent's id: so many of them are tried before that agent counts as not
-reached."""
+reached; each has its part of the time for connecting."""
 _KEEP_ALIVE_SECONDS = 3, 2, 2
 """TCP's: silence before the first question, between two, and how many. A cut cable is found after 7 s, by
 no other means where no report is expected (RELIABILITY M2)."""
@@ -200,6 +203,7 @@ class Exchange(asyncio.Protocol):
         self._served = 0
         self._sent_at = 0.0
         self._resting: asyncio.TimerHandle | None = None
+        self._opened_at = 0.0
         self.idle_since = 0.0
         self.paused = False
         self.fingerprint = ""
@@ -266,6 +270,7 @@ class Exchange(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._pool.open += 1
+        self._opened_at = asyncio.get_running_loop().time()
         self.fingerprint = _fingerprint(transport.get_extra_info("ssl_object"))
         _find_out_when_it_is_cut(transport.get_extra_info("socket"))
 
@@ -369,8 +374,9 @@ class Exchange(asyncio.Protocol):
             self._resting = None
         self._parser = None
         transport = self._transport
+        keeps = self._keeps and asyncio.get_running_loop().time() - self._opened_at < MAX_AGE_SECONDS
         # With a part of the request still to be sent, it was answered early: the rest is owed to nobody else.
-        if self._keeps and transport is not None and self.is_open and not transport.get_write_buffer_size():
+        if keeps and transport is not None and self.is_open and not transport.get_write_buffer_size():
             if self.paused:  # by a client that was slow to the end
                 self.resume()
             self._pool.keep(self)
@@ -389,6 +395,7 @@ class _Pool:
         self.address = address
         self.open = 0
         """Connections, idle or not."""
+        self._connecting = 0
         self._dialled = dialled
         self._idle: deque[Exchange] = deque()
         self._distrusted_until = 0.0
@@ -403,7 +410,7 @@ class _Pool:
     @property
     def is_needed(self) -> bool:
         """There is something to remember of this address."""
-        return self.open > 0 or not self.keeps
+        return self.open > 0 or self._connecting > 0 or not self.keeps
 
     def distrust(self) -> None:
         self._distrusted_until = asyncio.get_running_loop().time() + DISTRUST_SECONDS
@@ -431,16 +438,25 @@ class _Pool:
         while self._idle and now - self._idle[0].idle_since >= IDLE_SECONDS:
             self._idle.popleft().abort()
 
-    async def connect(self) -> Exchange:
-        """Raises `OSError` and `OtherCertificate`."""
-        if not self.address.tunnel:
-            exchange = await self._opened(None)
-            self._insist_on_pin(exchange)
-            return exchange
+    async def connect(self, seconds: float) -> Exchange:
+        """Raises `OSError`, of which `TimeoutError` is one, and `OtherCertificate`."""
+        self._connecting += 1
+        try:
+            async with asyncio.timeout(seconds):
+                if self.address.tunnel:
+                    return await self._through_a_tunnel(seconds / MAX_WRONG_TUNNELS)
+                exchange = await self._opened(None)
+                self._insist_on_pin(exchange)
+                return exchange
+        finally:
+            self._connecting -= 1
+
+    async def _through_a_tunnel(self, seconds_each: float) -> Exchange:
         for tried in range(1, MAX_WRONG_TUNNELS + 1):
             sock = await self._taken()
             try:
-                exchange = await self._opened(sock)
+                async with asyncio.timeout(seconds_each):
+                    exchange = await self._opened(sock)
                 self._insist_on_pin(exchange)
             except (OSError, OtherCertificate):
                 if tried == MAX_WRONG_TUNNELS:
@@ -583,8 +599,7 @@ class Upstream:
         """Whether somebody may take connections there. False only where the machine itself says that nobody
         does."""
         try:
-            async with asyncio.timeout(seconds):
-                exchange = await self._pool(address).connect()
+            exchange = await self._pool(address).connect(seconds)
         except ConnectionRefusedError:
             return False
         except (OSError, Unreachable):  # a TimeoutError too
@@ -594,8 +609,7 @@ class Upstream:
 
     async def _connected(self, pool: _Pool) -> Exchange:
         try:
-            async with asyncio.timeout(self.policy.connect_seconds):
-                exchange = await pool.connect()
+            exchange = await pool.connect(self.policy.connect_seconds)
         except TimeoutError:
             raise Unreachable("no connection in time") from None
         except ConnectionRefusedError as error:

@@ -96,8 +96,7 @@ class Agents(Protocol):
     """The part of `cluster.Cluster` by which agents are met and heard."""
 
     def way(self, worker: Worker) -> Way | None: ...
-    async def meet(self, worker: Worker) -> Way: ...
-    def drop(self, worker: Worker) -> None: ...
+    async def met(self, worker: Worker, refused: Way | None = ...) -> Way: ...
     def reports(self, way: Way) -> AbstractAsyncContextManager[Lines]: ...
 
 
@@ -290,15 +289,16 @@ class _Watch:
 
     async def _hear_or_meet_again(self, silence: Patience) -> None:
         """Until the stream ends. An agent that does not know us any more is met again, once."""
+        way: Way | None = None
         for _ in range(2):
-            way = self._agents.way(self._worker) or await self._agents.meet(self._worker)
+            way = await self._agents.met(self._worker, way)
             self.woken.clear()  # by our own meeting too
             self._is_unknown = False
             try:
                 await self._hear(way, silence)
                 return
             except (_Stranger, OtherCertificate):
-                self._agents.drop(self._worker)
+                continue
         raise Unreached("it does not know us a moment after it was met")
 
     async def _hear(self, way: Way, silence: Patience) -> None:

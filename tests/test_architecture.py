@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "balancer.worker_types": {"balancer.core", "balancer.dialects", "balancer.identity"},
     "balancer.continuation": {"balancer.core", "balancer.dialects"},
     # The shell performs.
-    "balancer.trust": set(),
+    "balancer.trust": {"worker_agent.plain_files"},
     "balancer.upstream": {"balancer.trust"},
     "balancer.leases": {"balancer.core"},
     "balancer.patience": set(),
@@ -63,7 +63,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "balancer.orders": {"balancer.core"},
     "balancer.admin_door": {"balancer.core", "balancer.keys", "balancer.orders", "balancer.sessions"},
     "balancer.audit": set(),
-    "balancer.client_tls": {"balancer.keys", "worker_agent.private_files"},
+    "balancer.client_tls": {
+        "balancer.keys",
+        "worker_agent.plain_files",
+        "worker_agent.private_files",
+    },
     "balancer.inference": {
         "balancer.access",
         "balancer.core",
@@ -119,6 +123,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "worker_agent.wire",
     },
     "balancer.cluster_admin": {
+        "balancer.addresses",
         "balancer.admin",
         "balancer.cluster",
         "balancer.core",
@@ -173,6 +178,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "balancer.clean_head": {"balancer.core"},
     "balancer.connections": {"balancer.core", "worker_agent.sources"},
+    "balancer.securing": {"balancer.connections", "balancer.core"},
     "balancer.origins": {"balancer.core"},
     "balancer.hardened": {
         "balancer.clean_head",
@@ -187,6 +193,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "balancer.hardened",
         "balancer.inference",
         "balancer.origins",
+        "balancer.securing",
     },
     # What is around the process: the socket that it inherits, the parent that owns it.
     "balancer.inherited": set(),
@@ -204,6 +211,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "balancer.names",
         "balancer.trust",
         "worker_agent.forgiving_json",
+        "worker_agent.plain_files",
     },
     "balancer.config_watch": set(),
     "balancer.live": {
@@ -231,7 +239,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "worker_agent.sources",
         "worker_agent.wire",
     },
-    "balancer.up": {"balancer.app", "balancer.core", "worker_agent.sources"},
+    "balancer.up": {"balancer.addresses", "balancer.app", "balancer.core", "worker_agent.sources"},
     "balancer.doctor": {
         "balancer.core",
         "balancer.keys",
@@ -245,6 +253,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "balancer.__main__": {
         "balancer",
+        "worker_agent.contacts",
         "worker_agent.findings",
         "worker_agent.findings_table",
         "worker_agent.forgiving_json",
@@ -257,17 +266,24 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "balancer.config_cli": {
         "balancer.admin_cli",
+        "balancer.client_tls",
         "balancer.config_file",
         "balancer.settings",
         "worker_agent.forgiving_json",
     },
-    "balancer.ui_cli": {"balancer.admin_cli", "balancer.batch.client", "balancer.dashboard"},
+    "balancer.ui_cli": {
+        "balancer.admin_cli",
+        "balancer.batch.client",
+        "balancer.dashboard",
+        "balancer.reached",
+    },
     "balancer.entry": {"balancer.__main__"},
     # The agent never imports the balancer.
     "worker_agent": {"worker_agent"},
     "worker_agent.wire": set(),
     "worker_agent.sources": set(),
-    "worker_agent.forgiving_json": set(),
+    "worker_agent.plain_files": set(),
+    "worker_agent.forgiving_json": {"worker_agent.plain_files"},
     "worker_agent.log_format": set(),
     "worker_agent.findings": set(),
     "worker_agent.firewalls": {"worker_agent.findings"},
@@ -450,6 +466,7 @@ def test_the_agents_contract_is_all_that_the_balancer_knows_of_it():
         "worker_agent.forgiving_json",
         "worker_agent.handshake",
         "worker_agent.log_format",
+        "worker_agent.plain_files",
         "worker_agent.private_files",
         "worker_agent.wire",
         "worker_agent.sources",

@@ -15,7 +15,8 @@ import typer
 import uvloop
 
 from worker_agent import app as agent
-from worker_agent import cluster_key, findings_table, log_format, service, uninstall
+from worker_agent import cluster_key, findings_table, log_format, service, uninstall, where_balancers_are
+from worker_agent.contacts import NoAddress
 from worker_agent.doctor import show
 from worker_agent.engines.choice import NoChoice
 from worker_agent.findings import as_json, has_fault
@@ -26,7 +27,7 @@ from worker_agent.models.downloads import DownloadPolicy, DownloadRefused
 from worker_agent.network import NetworkPolicy, examine
 from worker_agent.private_files import FileFault
 from worker_agent.server import CannotListen
-from worker_agent.settings import Settings, SettingsError, default_data_dir, load
+from worker_agent.settings import Settings, SettingsError, default_data_dir, is_http_url, load
 
 _T = TypeVar("_T")
 
@@ -108,7 +109,7 @@ def run(
         "dial_out": dial_out,
         "log_level": log_level,
     }
-    settings = _settings(config, flags)
+    settings = _with_kept_balancers(_settings(config, flags))
     if settings.dial_out and not settings.balancers:
         _give_up("to dial out, give the balancer's address: --balancer http://192.168.1.10:4000")
     _set_up_log(settings)
@@ -148,8 +149,8 @@ def join(
 ) -> None:
     """Runs, and joins the balancer that WHAT names; an invitation lets this machine into its room."""
     if what == "-" or is_invitation(what):
-        text = what if what != "-" else sys.stdin.readline() if sys.stdin else ""
-        _become(["run", *_options(context), *_accepted(text, config, data_dir)])
+        _accept(what if what != "-" else sys.stdin.readline() if sys.stdin else "", config, data_dir)
+        _become(["run", *_options(context)])
     run(
         engine=engine,
         model=model,
@@ -170,16 +171,17 @@ def join(
     )
 
 
-def _accepted(text: str, config: Path | None, data_dir: Path | None) -> list[str]:
-    """Keeps an invitation's key for good; the rest of it, as options of `run`."""
+def _accept(text: str, config: Path | None, data_dir: Path | None) -> None:
+    """Keeps an invitation for good: the key, and where the balancers are."""
     try:
         invitation = parse_invitation(text)
     except ValueError as error:
         _give_up(str(error))
     urls = tuple(place if "://" in place else f"http://{place}" for place in invitation.balancers)
     settings = _settings(config, {"data_dir": data_dir, "balancers": urls or None})
+    folder = settings.data_dir or default_data_dir()
     if settings.cluster_key is None:
-        file = (settings.data_dir or default_data_dir()) / cluster_key.FILE
+        file = folder / cluster_key.FILE
         try:
             cluster_key.kept(file, invitation.key)
         except FileFault as error:
@@ -190,7 +192,21 @@ def _accepted(text: str, config: Path | None, data_dir: Path | None) -> list[str
             "WORKER_AGENT_CLUSTER_KEY or cluster_key_file gives another cluster key than the invitation: take"
             " that away"
         )
-    return [word for url in urls for word in ("--balancer", url)]
+    try:
+        where_balancers_are.keep(folder, urls)
+    except FileFault as error:
+        _give_up(str(error))
+
+
+def _with_kept_balancers(settings: Settings) -> Settings:
+    """With those that an invitation has named, after those of the settings."""
+    folder = settings.data_dir or default_data_dir()
+    try:
+        kept = where_balancers_are.kept(folder, is_http_url)
+    except FileFault as error:
+        _give_up(str(error))
+    new = (url for url in kept if url not in settings.balancers)
+    return settings.model_copy(update={"balancers": (*settings.balancers, *new)})
 
 
 def _options(context: typer.Context) -> list[str]:
@@ -220,7 +236,8 @@ def doctor(
         bool, typer.Option("--network", help="Why this machine and a balancer do not see each other.")
     ] = False,
     balancer: Annotated[
-        list[str] | None, typer.Option(help="With --network: a balancer's URL to look for; may be repeated.")
+        list[str] | None,
+        typer.Option(help="With --network: a balancer's address to look for; may be repeated."),
     ] = None,
     port: _Port = None,
     engine: _Engine = None,
@@ -236,7 +253,7 @@ def doctor(
     flags = {"engine": engine, "model": model, "port": port, "data_dir": data_dir}
     settings = _settings(config, flags)
     if network:
-        _show_network(settings, balancer or (), json=json)
+        _show_network(_with_kept_balancers(settings), balancer or (), json=json)
         return
     inspection = _perform(agent.inspect(settings))
     findings = agent.findings(settings, inspection)
@@ -258,7 +275,10 @@ def _show_network(settings: Settings, balancers: Sequence[str], *, json: bool) -
         data_dir=settings.data_dir or default_data_dir(),
         cluster_key=None if settings.cluster_key is None else settings.cluster_key.get_secret_value(),
     )
-    found = _perform(examine(policy, balancers))
+    try:
+        found = _perform(examine(policy, balancers))
+    except NoAddress as error:
+        _give_up(str(error))
     if json:
         sys.stdout.buffer.write(orjson.dumps(as_json(found), option=orjson.OPT_INDENT_2) + b"\n")
     else:

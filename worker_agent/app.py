@@ -487,7 +487,7 @@ async def _serve(
         if settings.mdns and not settings.dial_out:
             # Whoever is bound to this machine alone looks for balancers there only.
             links = [settings.host] if is_loopback(settings.host) else None
-            beside.append(found_balancers(lambda: gate.tag, joining.found, links))
+            beside.append(found_balancers(lambda: gate.tag, joining.found, links, joining.forget_found))
         if settings.mdns:
             beside.append(
                 advertise(
@@ -502,6 +502,8 @@ async def _serve(
                     " workers file",
                 )
             )
+        if settings.mdns or settings.balancers:
+            beside.append(gate.tell_of_silence())
         if settings.spare:
             beside.append(pressure.run(changes.announce))
         if settings.keep_awake:

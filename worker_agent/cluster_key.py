@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from worker_agent import private_files
-from worker_agent.handshake import LEAST_KEY_CHARACTERS, MOST_KEY_CHARACTERS
+from worker_agent.handshake import is_cluster_key
 from worker_agent.private_files import FileFault
 
 _LOG = logging.getLogger(__name__)
@@ -35,6 +35,12 @@ class ClusterKey:
             kept(self.file, key)
         self.value = key
 
+    def look(self) -> bool:
+        """Whether there is one, perhaps since somebody has put it into the file. Raises `FileFault`."""
+        if self.value is None and self.file is not None:
+            self.value = _in(self.file)
+        return self.value is not None
+
 
 def found(folder: Path, given: str | None) -> ClusterKey:
     """The key that the settings give, else the one that is kept in the data folder, if any.
@@ -44,17 +50,20 @@ def found(folder: Path, given: str | None) -> ClusterKey:
     if given is not None:
         return ClusterKey(given, None)
     path = folder / FILE
+    return ClusterKey(_in(path), path)
+
+
+def _in(path: Path) -> str | None:
+    """None: there is no such file. Raises `FileFault`."""
     try:
-        data = private_files.read(path)
+        key = private_files.read(path).decode().strip()
     except FileNotFoundError:
-        return ClusterKey(None, path)
-    try:
-        key = data.decode().strip()
+        return None
     except UnicodeDecodeError:
         key = ""
-    if not key.isprintable() or not LEAST_KEY_CHARACTERS <= len(key) <= MOST_KEY_CHARACTERS:
+    if not is_cluster_key(key):
         raise FileFault(f"{path} holds no cluster key: remove it, and join again")
-    return ClusterKey(key, path)
+    return key
 
 
 def kept(path: Path, key: str) -> None:

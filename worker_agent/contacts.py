@@ -27,6 +27,7 @@ import orjson
 import psutil
 
 from worker_agent import handshake, wire
+from worker_agent.finding import balancer_url
 from worker_agent.findings import (
     Announced,
     Contact,
@@ -49,6 +50,12 @@ CONNECTS = 5
 MOST_TARGETS = 64
 _BODY_BYTES = 4 * 1024 * 1024
 _NAME = "doctor"
+_USUAL = {Who.BALANCER: ("http", 4000), Who.WORKER: ("https", wire.DEFAULT_AGENT_PORT)}
+"""What is meant by an address without a scheme."""
+
+
+class NoAddress(ValueError):
+    """What somebody typed is no address; a sentence for the terminal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +92,51 @@ def target_of(url: str, who: Who, known: Known, *, name: str = "") -> Target | N
     return Target(who, name or url, host, port or (443 if tls else 80), known, tls=tls)
 
 
+def asked_target(text: str, who: Who) -> Target:
+    """What somebody typed on the doctor's command line: a URL, or `10.0.0.9`, `studio.local:4100`, which get
+    the scheme and port that are usual. Raises `NoAddress`."""
+    scheme, port = _USUAL[who]
+    url = text.strip()
+    if is_bare := "://" not in url:
+        url = f"{scheme}://{url if parsed(url) is None else as_host(url)}"
+    target = target_of(url, who, Known.GIVEN)
+    if target is None or not _is_host(target.host) or urlsplit(url).port == 0:
+        raise NoAddress(
+            f"{text[:100]!a} is no address of a {who.value}: name it like {scheme}://192.168.1.10:{port}"
+        )
+    if is_bare and urlsplit(url).port is None:
+        target = replace(target, port=port)
+    return replace(target, name=target.url)
+
+
+def _is_host(host: str) -> bool:
+    try:
+        host.encode("idna")  # as the look-up of a name does
+    except UnicodeError:
+        return parsed(host) is not None
+    return host.isprintable() and not set(" \"'<>") & set(host)
+
+
 def heard_targets(announced: Sequence[Announced], who: Who, known: Sequence[Target]) -> tuple[Target, ...]:
     """Of those that are heard, the ones that are not known already."""
     there = {(one.host, one.port) for one in known} | {one.name for one in known}
     found = {
-        (one.source, one.port): Target(who, one.id, one.source, one.port, Known.HEARD, tls=who is Who.WORKER)
+        (one.source, one.port): target
         for one in announced
-        if one.who is who and not one.fault and not {(one.source, one.port), one.id} & there
+        if one.who is who
+        and not one.fault
+        and not {(one.source, one.port), one.id} & there
+        and (target := target_of(_url(one), who, Known.HEARD, name=one.id)) is not None
     }
     return tuple(found.values())[:MOST_TARGETS]
+
+
+def _url(heard: Announced) -> str:
+    """By which an agent asks a balancer, or a balancer an agent."""
+    if heard.who is Who.BALANCER:
+        told = wire.Announced(heard.id, heard.tag, heard.fingerprint)
+        return balancer_url(told, heard.source, heard.port)
+    return f"https://{as_host(heard.source)}:{heard.port}"
 
 
 Knock = Callable[[Target, Contact], Awaitable[Contact]]
@@ -114,6 +157,7 @@ async def reach(target: Target, knock: Knock) -> Contact:
         target.port,
         target.known,
         announces=target.is_agent,
+        tls=target.tls,
         state=target.state,
         detail=target.detail,
     )

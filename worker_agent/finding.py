@@ -34,12 +34,16 @@ def is_ours(announced: wire.Announced, own_tag: str) -> bool:
 
 
 async def found_balancers(
-    tag: Callable[[], str], found: Callable[[str], None], interfaces: Sequence[str] | None = None
+    tag: Callable[[], str],
+    found: Callable[[str], None],
+    interfaces: Sequence[str] | None = None,
+    forget: Callable[[], None] = lambda: None,
 ) -> None:
     """Gives the URL of each balancer of our cluster, again and again while it is announced, until cancelled.
 
     `tag`: `handshake.cluster_tag` of the key that we hold now; empty: none yet. `interfaces`: the addresses
-    of those to listen on; None: all.
+    of those to listen on; None: all. `forget` is called when the tag has changed: what was found before is
+    found anew, if it is ours.
     """
     told_of_failure = False
     while True:
@@ -48,7 +52,7 @@ async def found_balancers(
             try:
                 await zeroconf.zeroconf.async_wait_for_start()
                 told_of_failure = False
-                await _browse(zeroconf, tag, found)
+                await _browse(zeroconf, tag, found, forget)
             finally:
                 await zeroconf.async_close()
         except (OSError, ZeroconfError, RuntimeError, TimeoutError) as error:
@@ -68,8 +72,14 @@ def _opened(interfaces: Sequence[str] | None) -> AsyncZeroconf:
         return AsyncZeroconf(ip_version=IPVersion.V4Only)
 
 
-async def _browse(zeroconf: AsyncZeroconf, tag: Callable[[], str], found: Callable[[str], None]) -> None:
+async def _browse(
+    zeroconf: AsyncZeroconf,
+    tag: Callable[[], str],
+    found: Callable[[str], None],
+    forget: Callable[[], None],
+) -> None:
     names: set[str] = set()
+    ours = tag()
     news = asyncio.Event()
 
     def changed(zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange) -> None:
@@ -83,9 +93,10 @@ async def _browse(zeroconf: AsyncZeroconf, tag: Callable[[], str], found: Callab
     try:
         while True:
             news.clear()
-            urls = await asyncio.gather(
-                *(_resolved(zeroconf.zeroconf, name, tag()) for name in sorted(names))
-            )
+            if ours != tag():
+                ours = tag()
+                forget()
+            urls = await asyncio.gather(*(_resolved(zeroconf.zeroconf, name, ours) for name in sorted(names)))
             for url in urls:
                 if url is not None:
                     found(url)

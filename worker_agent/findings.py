@@ -194,6 +194,8 @@ class Announced:
     tag: str = ""
     fault: str = ""
     """Why it is of no use: another version of the protocol."""
+    fingerprint: str = ""
+    """Of the certificate that it tells of; empty: of none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,6 +348,8 @@ class Contact:
     known: Known
     announces: bool = True
     """It should be heard by mDNS: no server without an agent is."""
+    tls: bool = False
+    """It was spoken to by TLS."""
     addresses: tuple[str, ...] = ()
     """What the host is resolved to; none: it is not."""
     error: str = ""
@@ -381,4 +385,4 @@ class Contact:
 
     @property
     def url(self) -> str:
-        return f"http://{as_host(self.host)}:{self.port}"
+        return f"{'https' if self.tls else 'http'}://{as_host(self.host)}:{self.port}"

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 from lark import Lark, Token, Transformer, UnexpectedCharacters, UnexpectedInput, UnexpectedToken
 
+from worker_agent import plain_files
+
 MAX_FILE_BYTES = 1024 * 1024
 MAX_DEPTH = 32  # no schema of ours needs more than five; the bound keeps hostile nesting off our own stack
 MAX_FAULTS = 50  # of one file; more is not a list that anybody reads
@@ -72,8 +74,7 @@ def read_text(path: Path) -> str:
     UTF-8."""
     name = str(path)
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
+        data = plain_files.read(path, MAX_FILE_BYTES + 1)
     except FileNotFoundError:
         raise ConfigFaults([Fault(name, None, "there is no such file")]) from None
     except OSError as error:

@@ -47,8 +47,12 @@ class GatePolicy:
     wrong_codes: int = 5
     """After so many wrong proofs a code is good no longer."""
     code_seconds: float = 600.0
+    look_seconds: float = 2.0
+    """While there is no key: how often its file is looked for, which `worker-agent join` may have made."""
     rest_seconds: float = 1.0
     """From a code that was guessed at to the next; doubled each time, so that guessing fills no log."""
+    silence_seconds: float = 15.0
+    """Whom no balancer has met so long after the start says so."""
 
 
 class Challenges:
@@ -172,8 +176,10 @@ class Gate:
         self._sessions = Sessions(self._policy)
         self._code: _Code | None = None
         self._woken = asyncio.Event()  # by a key, or by a code's end
+        self._met = asyncio.Event()  # by any balancer, once
         self._keeping = asyncio.Lock()
         self._told = -_LOG_SECONDS
+        self._fault = ""
         self._tag = _tag_of(key)
         self.wrong_proofs = 0
         """Since the start."""
@@ -239,6 +245,7 @@ class Gate:
             raise self._wrong(said.balancer, request.remote or "")
         self._challenges.use_up(said.agent_nonce, now)
         self._sessions.begin(said.balancer, transcript.session(key), now)
+        self._met.set()
         _LOG.info("met the balancer %s at %s", said.balancer, request.remote)
         return _answer(wire.ProofAnswer(proof=transcript.proof(key, Role.AGENT)))
 
@@ -289,18 +296,25 @@ class Gate:
                 " by cluster_key_file, or set tls to true",
             )
         new = await _parsed(request, wire.parse_new_key)
+        # To its end: a balancer that leaves in between must not leave sessions of the former key behind.
+        await asyncio.shield(self._taken(request, new.key))
+        return web.Response(status=204)
+
+    async def _taken(self, request: web.Request, key: str) -> None:
         async with self._keeping:
             self.insist(request)  # still: another balancer's key may have come first, and ended this session
+            balancer = self._whose(request)
             try:
-                await asyncio.to_thread(self._key.keep, new.key)
+                await asyncio.to_thread(self._key.keep, key)
             except FileFault as fault:
                 raise Refused(500, "key_not_kept", str(fault)) from None
-            balancer = self._whose(request)
-            self._tag, self._code = _tag_of(self._key), None
+            self._has_key()
             self._sessions.end_all_but(request.headers.get(wire.SESSION_HEADER, ""))
         _LOG.info("the balancer %s at %s gave this machine its cluster key", balancer, request.remote)
+
+    def _has_key(self) -> None:
+        self._tag, self._code = _tag_of(self._key), None
         self._woken.set()
-        return web.Response(status=204)
 
     async def show_codes(self) -> None:
         """Shows a code while there is no key, and a new one when that is used up or old; ends with a key."""
@@ -326,10 +340,44 @@ class Gate:
             await self._woken_within(rest)
             rest = min(2 * rest, _LONGEST_REST_SECONDS)
 
+    async def tell_of_silence(self) -> None:
+        """Warns once where no balancer comes; ends when one has, or with that. Where a code is shown, that
+        says what is waited for."""
+        try:
+            async with asyncio.timeout(self._policy.silence_seconds):
+                await self._met.wait()
+        except TimeoutError:
+            if self._key.value is not None:
+                _LOG.warning(
+                    "no balancer has met this machine yet: none knows of it or reaches it, or one knows %s by"
+                    " another certificate (`balancer cluster show` there tells);"
+                    " `worker-agent doctor --network` says why",
+                    self._agent_id,
+                )
+
     async def _woken_within(self, seconds: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._woken.wait()
+        end = _now() + seconds
+        while not self._woken.is_set() and (left := end - _now()) > 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(left, self._policy.look_seconds)):
+                    await self._woken.wait()
+            await self._look_for_key()
+
+    async def _look_for_key(self) -> None:
+        async with self._keeping:
+            if self._key.value is not None:
+                return
+            try:
+                if not await asyncio.to_thread(self._key.look):
+                    return
+            except FileFault as fault:
+                if (told := str(fault)) != self._fault:
+                    self._fault = told
+                    _LOG.warning("%s", told)
+                return
+            self._has_key()
+            self._sessions.end_all_but("")  # whoever came by the code may be of another room
+        _LOG.info("the cluster key is in %s now", self._key.file)
 
     def _tell(self, code: str) -> None:
         text = (

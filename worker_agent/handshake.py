@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -24,8 +23,6 @@ from urllib.parse import quote, unquote
 
 NONCE_SECONDS = 30.0
 """For so long a nonce is good."""
-MAX_NONCES = 256
-"""At once; the oldest is forgotten for one more."""
 LEAST_KEY_CHARACTERS = 16
 MOST_KEY_CHARACTERS = 512
 
@@ -79,6 +76,12 @@ def is_proof(transcript: Transcript, key: bytes, role: Role, given: str) -> bool
     return hmac.compare_digest(transcript.proof(key, role).encode(), given.encode("utf-8", "surrogateescape"))
 
 
+def is_cluster_key(text: str) -> bool:
+    """Whether it can be a cluster key: one word, which any file, variable or shell leaves as it is."""
+    is_long_enough = LEAST_KEY_CHARACTERS <= len(text) <= MOST_KEY_CHARACTERS
+    return is_long_enough and text.isprintable() and " " not in text
+
+
 def key_bytes(key: str) -> bytes:
     """A cluster key as it is used for proofs."""
     return key.encode("utf-8", "surrogateescape")
@@ -116,25 +119,6 @@ def _tagged(key: bytes, purpose: str, fields: Sequence[str]) -> str:
     return hmac.digest(key, b"".join(len(part).to_bytes(4, "big") + part for part in parts), "sha256").hex()
 
 
-class Nonces:
-    """Those that were given out and not used yet."""
-
-    def __init__(self) -> None:
-        self._given: OrderedDict[str, float] = OrderedDict()
-
-    def give(self, nonce: str, now: float) -> str:
-        """The nonce, which is now good for one proof. `nonce`: at least 128 bits of chance."""
-        while len(self._given) >= MAX_NONCES:
-            self._given.popitem(last=False)
-        self._given[nonce] = now
-        return nonce
-
-    def take(self, nonce: str, now: float) -> bool:
-        """Whether it was given out and is not too old. It is used up, whatever the outcome."""
-        given = self._given.pop(nonce, None)
-        return given is not None and now - given <= NONCE_SECONDS
-
-
 # The line that is pasted on a new machine ...
 
 
@@ -151,21 +135,31 @@ class Invitation:
         return f"lb2.{quote(self.key, safe='')}.{cluster_tag(self.key)[:8]}@{','.join(self.balancers)}"
 
 
+_QUOTES = "'\"`"
+
+
 def is_invitation(text: str) -> bool:
-    """Whether it is meant to be one."""
-    return text.strip().startswith("lb2.")
+    """Whether it is meant to be one, or the whole line that shows one."""
+    return bool(_word(text))
+
+
+def _word(text: str) -> str:
+    """The invitation in what was pasted; empty: there is none."""
+    words = (word.lstrip(_QUOTES) for word in text.split())
+    return next((word for word in words if word.startswith("lb2.")), "")
 
 
 def parse_invitation(text: str) -> Invitation:
     """Raises `ValueError` with a sentence for people, which holds nothing of the key."""
-    secret, at, places = text.strip().partition("@")
+    secret, at, places = _word(text).partition("@")
     version, _, rest = secret.partition(".")
     quoted, _, check = rest.rpartition(".")
     key = unquote(quoted)
-    whole = version == "lb2" and at and LEAST_KEY_CHARACTERS <= len(key) <= MOST_KEY_CHARACTERS
+    whole = version == "lb2" and at and is_cluster_key(key)
     if not whole or not hmac.compare_digest(check.encode(), cluster_tag(key)[:8].encode()):
         raise ValueError(
             "the invitation is not whole: copy all of it, from `lb2.` to the end of its line, as "
             "`balancer cluster invite` shows it"
         )
-    return Invitation(key, tuple(place for place in places.split(",") if place))
+    stripped = (place.strip(_QUOTES) for place in places.split(","))
+    return Invitation(key, tuple(place for place in stripped if place))

@@ -50,6 +50,11 @@ class Joining:
         self._found[url] = asyncio.Event()
         self._changed.set()
 
+    def forget_found(self) -> None:
+        """Those that were found so far may be of another cluster than ours is now."""
+        self._found.clear()
+        self._changed.set()
+
     async def run(self, named: Sequence[str]) -> None:
         """Joins these and those that are found, until cancelled."""
         self._named = tuple(url.rstrip("/") for url in named)
@@ -87,7 +92,7 @@ class Joining:
                 if trouble:
                     _LOG.warning("cannot join %s: %s; trying on", url, trouble)
                 else:
-                    _LOG.info("joined %s", url)
+                    _LOG.info("asked %s to come and meet this machine", url)
             await asyncio.sleep(rest_seconds(failures))
 
 
@@ -111,6 +116,9 @@ async def _join(session: aiohttp.ClientSession, url: str, join: wire.Join) -> st
         return f"no answer within {_ANSWER_SECONDS:.0f} s"
     except (aiohttp.InvalidURL, UnicodeError):  # the latter from looking up what cannot be a host's name
         return "this is not a URL; one looks like http://192.168.1.10:4000"
+    except aiohttp.ServerDisconnectedError:
+        hint = ": does it speak TLS? Then give https://" if url.startswith("http://") else ""
+        return f"it closed the connection without an answer{hint}"
     except aiohttp.ClientError as error:
         reason = error.os_error.strerror if isinstance(error, aiohttp.ClientConnectorError) else None
         return reason or type(error).__name__

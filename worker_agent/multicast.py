@@ -213,7 +213,10 @@ class _Heard:
                 label = "".join(c for c in name.partition(".")[0][:63] if c.isprintable())
                 yield Announced(service.who, label, service.source, service.port, fault=str(error))
             else:
-                yield Announced(service.who, told.id, service.source, service.port, told.tag)
+                yield Announced(
+                    *(service.who, told.id, service.source, service.port, told.tag),
+                    fingerprint=told.fingerprint,
+                )
 
 
 def _records(data: bytes) -> Sequence[DNSRecord]:

@@ -8,7 +8,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from worker_agent import cluster_key, multicast, surroundings
-from worker_agent.contacts import Calling, Meeting, Target, heard_targets, own_port, reach_all, target_of
+from worker_agent.contacts import (
+    Calling,
+    Meeting,
+    Target,
+    asked_target,
+    heard_targets,
+    own_port,
+    reach_all,
+    target_of,
+)
 from worker_agent.diagnosis import Stand, diagnose
 from worker_agent.findings import Finding, Here, KeyFile, Known, Multicast, Who
 from worker_agent.handshake import cluster_tag
@@ -31,19 +40,17 @@ class NetworkPolicy:
 
 
 async def examine(policy: NetworkPolicy, asked: Sequence[str] = ()) -> tuple[Finding, ...]:
-    """All that is found, within some ten seconds. `asked`: URLs of balancers to look for besides."""
+    """All that is found, within some ten seconds. `asked`: addresses of balancers to look for besides,
+    each a URL or without its scheme. Raises `contacts.NoAddress`."""
+    given = [asked_target(address, Who.BALANCER) for address in asked]
     key = await asyncio.to_thread(_key, policy)
     seen, heard = await _look_around()
     here = replace(seen, multicast=heard)
     own, agent_id = await own_port(
         policy.host, policy.port, here.interfaces, Meeting(None), who=Who.WORKER, tls=policy.tls
     )
-    named = [
-        target
-        for urls, known in ((policy.balancers, Known.LISTED), (asked, Known.GIVEN))
-        for url in urls
-        if (target := target_of(url, Who.BALANCER, known)) is not None
-    ]
+    listed = (target_of(url, Who.BALANCER, Known.LISTED) for url in policy.balancers)
+    named = [*(one for one in listed if one is not None), *given]
     targets: list[Target] = [*named, *heard_targets(heard.announced, Who.BALANCER, named)]
     contacts = await reach_all(targets, Calling(agent_id))
     stand = Stand(Who.WORKER, policy.port, policy.mdns, bool(policy.balancers), key)

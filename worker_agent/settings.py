@@ -44,7 +44,7 @@ from worker_agent.forgiving_json import (
     read_text,
     tree,
 )
-from worker_agent.handshake import LEAST_KEY_CHARACTERS, MOST_KEY_CHARACTERS
+from worker_agent.handshake import LEAST_KEY_CHARACTERS, MOST_KEY_CHARACTERS, is_cluster_key
 from worker_agent.log_format import LogFormat
 from worker_agent.sources import Network, parse_networks
 from worker_agent.wire import DEFAULT_AGENT_PORT, Word
@@ -88,6 +88,23 @@ def _http_url(url: str) -> str:
             " between the dots of a name are 1 to 63 characters"
         )
     return url
+
+
+def is_http_url(text: str) -> bool:
+    """Whether it may stand in `balancers`."""
+    try:
+        return bool(_http_url(text))
+    except ValueError:
+        return False
+
+
+_NO_KEY = f"must hold one word of {LEAST_KEY_CHARACTERS} to {MOST_KEY_CHARACTERS} characters"
+
+
+def _key(key: SecretStr) -> SecretStr:
+    if not is_cluster_key(key.get_secret_value()):
+        raise ValueError(_NO_KEY)
+    return key
 
 
 class ModelOptions(BaseModel):
@@ -152,9 +169,7 @@ class Settings(BaseSettings):
     """Of the memory that is really free for models, what they may take."""
     hub_token_file: Path | None = None
     """Holds the token for the hub; else HF_TOKEN or what `hf auth login` has kept."""
-    cluster_key: SecretStr | None = Field(
-        default=None, min_length=LEAST_KEY_CHARACTERS, max_length=MOST_KEY_CHARACTERS
-    )
+    cluster_key: Annotated[SecretStr, AfterValidator(_key)] | None = None
     """Shared with the balancers that may use this machine; None: `cluster_key` in `data_dir`, and where there
     is none, the agent waits until somebody approves it on the balancer."""
     cluster_key_file: Path | None = None
@@ -212,7 +227,8 @@ def load(config: Path | None, flags: Mapping[str, object]) -> Settings:
         lines = []
         for fault in faults:
             place = _where(config, root, fault["loc"], tuple(given))
-            lines.append(f"{place}{'.'.join(map(str, fault['loc']))}: {fault['msg']}")
+            told = fault["msg"].removeprefix("Value error, ")
+            lines.append(f"{place}{'.'.join(map(str, fault['loc']))}: {told}")
         raise SettingsError("\n".join(lines)) from None
 
 
@@ -226,10 +242,8 @@ def _with_cluster_key(settings: Settings) -> Settings:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no text"
         raise SettingsError(f"cluster_key_file: {file} cannot be read: {reason}") from None
-    if not LEAST_KEY_CHARACTERS <= len(key) <= MOST_KEY_CHARACTERS:
-        raise SettingsError(
-            f"cluster_key_file: {file} must hold {LEAST_KEY_CHARACTERS} to {MOST_KEY_CHARACTERS} characters"
-        )
+    if not is_cluster_key(key):
+        raise SettingsError(f"cluster_key_file: {file} {_NO_KEY}")
     return settings.model_copy(update={"cluster_key": SecretStr(key)})
 
 

@@ -23,8 +23,9 @@ from worker_agent.keepers import Machine, ServiceError, this_machine
 from worker_agent.settings import SettingsError, default_data_dir, load
 
 _ID = re.compile(r"agent-\d{1,2}\.id")
-_SECRET = re.compile(r"\.?(cluster_key|agent-[0-9a-f]{1,12}\.pem)(\.[0-9a-f]{16})?")
-"""The key of the room, the agent's certificate, and what a crash left of either while it was written."""
+_SECRET = re.compile(r"\.?(cluster_key|balancers|agent-[0-9a-f]{1,12}\.pem)(\.[0-9a-f]{16})?")
+"""The key of the room, where its balancers are, the agent's certificate, and what a crash left of any of them
+while it was written."""
 _FOLDERS = ("models", "logs")
 _OF_FILE_BROWSERS = (".DS_Store", ".directory")
 _MANIFEST = "model.json"

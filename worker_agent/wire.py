@@ -97,6 +97,12 @@ def _printable(text: str) -> str:
     return text
 
 
+def _one_word(text: str) -> str:
+    if " " in text:
+        raise ValueError("must be one word")
+    return _printable(text)
+
+
 Word = Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_printable)]
 """A name or an id as another machine claims it."""
 Line = Annotated[str, Field(max_length=400), AfterValidator(_printable)]
@@ -298,7 +304,7 @@ class ProofAnswer(_Message):
 class NewKey(_Message):
     """The cluster's key from now on."""
 
-    key: Annotated[str, Field(min_length=16, max_length=512), AfterValidator(_printable)]
+    key: Annotated[str, Field(min_length=16, max_length=512), AfterValidator(_one_word)]
 
 
 class ModelOrder(_Message):

@@ -109,6 +109,22 @@ async def test_a_file_that_is_broken_by_hand_is_told_of_once_and_changes_nothing
     assert caplog.text.count("stay as they were") == 1
 
 
+async def test_a_file_that_is_put_right_without_a_change_of_what_it_holds_counts(tmp_path: Path, caplog):
+    """An editor has made it readable for others, and the log said `chmod 600`."""
+    store, access = room(tmp_path)
+    file = tmp_path / FILE
+    async with store.running():
+        _, given = await store.create(Permission(name="ann"))
+        draft = tmp_path / "draft"
+        draft.write_bytes(file.read_bytes().replace(b'"revoked": null', b'"revoked": "2020-01-01T00:00:00Z"'))
+        os.chmod(draft, 0o644)
+        draft.replace(file)
+        await until(lambda: "chmod 600" in caplog.text)
+        os.chmod(file, 0o600)
+        await until(lambda: is_refused(access, given, ApiKeyOver))
+    assert caplog.text.count("stay as they were") == 1
+
+
 @pytest.mark.parametrize(
     ("content", "mode", "words"),
     [

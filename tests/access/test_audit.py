@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import stat
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -72,6 +74,29 @@ async def test_a_disk_that_takes_nothing_is_told_of_and_holds_nobody_up(tmp_path
             log.record(number=number)
             await log._flush()
     assert len([line for line in caplog.messages if "cannot be written" in line]) == 1
+
+
+def a_pipe(file: Path) -> None:
+    os.mkfifo(file)
+
+
+def a_link(file: Path) -> None:
+    (file.parent / "elsewhere").write_text("{}\n")
+    file.symlink_to("elsewhere")
+
+
+@pytest.mark.parametrize("put", [a_pipe, a_link, Path.mkdir])
+async def test_what_is_no_file_in_its_place_holds_nobody_up(
+    tmp_path: Path, caplog, put: Callable[[Path], None]
+):
+    put(tmp_path / "audit.jsonl")
+    log = audit(tmp_path)
+    async with asyncio.timeout(20), log.running():
+        log.record(number=1)
+        with pytest.raises(OSError):
+            await log.last(9)
+    assert "cannot be written" in caplog.text
+    assert not (tmp_path / "elsewhere").exists() or (tmp_path / "elsewhere").read_text() == "{}\n"
 
 
 async def test_more_than_can_wait_is_counted_and_not_kept(tmp_path: Path, caplog):

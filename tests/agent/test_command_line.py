@@ -57,6 +57,7 @@ def test_doctor_says_how_to_install_what_is_missing_and_fails() -> None:
         (["run", "--slots", "0"], "slots: Input should be greater than or equal to 1"),
         (["join", "192.168.1.10"], "must begin with http://"),
         (["join", "http://a..b:4000"], "must name a host and a port"),
+        (["run", "--engine", "llama.cpp", "--dial-out"], "to dial out, give the balancer's address"),
     ],
 )
 def test_what_cannot_run_ends_at_once_with_a_sentence(
@@ -66,6 +67,13 @@ def test_what_cannot_run_ends_at_once_with_a_sentence(
     assert answer.returncode == 2
     assert says in answer.stderr
     assert "Traceback" not in answer.stderr
+
+
+def test_a_doctor_is_told_what_is_no_address(tmp_path: Path) -> None:
+    words = ("doctor", "--network", "--balancer", "::rubbish", "--data-dir", str(tmp_path))
+    answer = worker_agent(*words)
+    said = "'::rubbish' is no address of a balancer: name it like http://192.168.1.10:4000\n"
+    assert (answer.returncode, answer.stdout, answer.stderr) == (2, "", said)
 
 
 def test_a_taken_port_is_told_before_any_engine_is_started(tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ from worker_agent.cluster_key import ClusterKey
 from worker_agent.contacts import (
     Calling,
     Meeting,
+    NoAddress,
     Target,
+    asked_target,
     heard_targets,
     is_listed,
     own_addresses,
@@ -235,6 +237,52 @@ def test_urls_and_announcements_become_targets():
         Announced(Who.BALANCER, "hub", "10.0.0.1", 4000),
     )
     assert [one.name for one in heard_targets(heard, Who.WORKER, [target])] == ["mini"]
+
+
+async def test_a_balancer_that_is_heard_to_speak_tls_is_asked_by_it(own):
+    async with serving(balancer(200, "studio"), own) as port:
+        heard = (Announced(Who.BALANCER, "hub", "127.0.0.1", port, fingerprint=own.fingerprint),)
+        (target,) = heard_targets(heard, Who.BALANCER, [])
+        contact = await reach(target, Calling("studio"))
+    assert (contact.name, contact.speaks, contact.listed) == ("hub", True, True)
+    assert contact.url == f"https://127.0.0.1:{port}", "as it is to be joined"
+
+
+@pytest.mark.parametrize(
+    ("typed", "who", "asked"),
+    [
+        ("10.77.0.99", Who.BALANCER, "http://10.77.0.99:4000"),
+        ("10.77.0.99", Who.WORKER, "https://10.77.0.99:4100"),
+        ("studio.local:4200", Who.WORKER, "https://studio.local:4200"),
+        ("fd00::9", Who.BALANCER, "http://[fd00::9]:4000"),
+        ("[fd00::9]:4001", Who.BALANCER, "http://[fd00::9]:4001"),
+        ("https://hub", Who.BALANCER, "https://hub:443"),
+        (" http://hub:4000/v1 ", Who.BALANCER, "http://hub:4000"),
+    ],
+)
+def test_an_address_is_enough_for_the_doctor(typed, who, asked):
+    target = asked_target(typed, who)
+    assert (target.url, target.name, target.who, target.known) == (asked, asked, who, Known.GIVEN)
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "",
+        "::rubbish",
+        "http://",
+        "ftp://10.0.0.9",
+        "tunnel://studio",
+        "a b",
+        "a..b",
+        "10.0.0.9:99999",
+        "hub:0",
+    ],
+)
+@pytest.mark.parametrize("who", list(Who))
+def test_what_is_no_address_is_told_so(typed, who):
+    with pytest.raises(NoAddress, match=f"is no address of a {who.value}: name it like http"):
+        asked_target(typed, who)
 
 
 def test_a_txt_record_is_read_as_it_is_written():

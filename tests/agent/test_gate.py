@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import aiohttp
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -324,6 +326,27 @@ def by_code(scene: Scene, code: str) -> Met:
     return Met(scene.client, scene.url, handshake.key_of_code(code, AGENT, PLAIN))
 
 
+SILENT = GatePolicy(silence_seconds=0.01)
+
+
+async def test_a_machine_that_nobody_meets_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    await Gate(AGENT, ClusterKey(KEY, None), PLAIN, SILENT).tell_of_silence()
+    (record,) = caplog.records
+    assert record.getMessage().startswith("no balancer has met this machine yet")
+    assert "`worker-agent doctor --network` says why" in record.getMessage()
+    assert "`balancer cluster show`" in record.getMessage()
+
+
+async def test_a_machine_that_was_met_or_shows_a_code_does_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with scene_of(Gate(AGENT, ClusterKey(KEY, None), PLAIN, SILENT)) as scene:
+        await met(scene.client, scene.url, KEY)
+        await scene.gate.tell_of_silence()
+    await Gate(AGENT, ClusterKey(None, tmp_path / "cluster_key"), PLAIN, SILENT).tell_of_silence()
+    assert "no balancer has met" not in caplog.text
+
+
 async def test_who_types_the_code_gives_the_agent_its_key(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -346,6 +369,65 @@ async def test_who_types_the_code_gives_the_agent_its_key(
     assert cluster_key.found(tmp_path, None).value == KEY
     assert (tmp_path / "cluster_key").stat().st_mode & 0o777 == 0o600
     assert len(shown) == 1
+
+
+async def test_a_key_that_another_process_puts_into_the_file_is_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A service waits to be let in, and somebody runs `worker-agent join INVITATION` on the same machine."""
+    file = tmp_path / "cluster_key"
+    caplog.set_level(logging.INFO)
+    async with pending(ClusterKey(None, file), GatePolicy(look_seconds=0.01)) as (scene, shown, showing):
+        other = by_code(scene, shown[0])
+        await other.meet()
+        file.touch(0o600)
+        file.write_text("two words are no key")
+        await until(lambda: "holds no cluster key" in caplog.text)
+        assert (scene.gate.tag, showing.done()) == ("", False)
+        file.unlink()
+        cluster_key.kept(file, KEY)
+        await until(showing.done)
+        assert scene.gate.tag == handshake.cluster_tag(KEY)
+        assert await scene.status(other.session) == 401
+        await met(scene.client, scene.url, KEY)
+    assert caplog.text.count("holds no cluster key") == 1
+    assert KEY not in caplog.text
+
+
+async def test_a_key_is_one_word(scene: Scene) -> None:
+    balancer = await met(scene.client, scene.url)
+    body = orjson.dumps({"key": "two words are no cluster key"})
+    assert (await balancer.post(wire.KEY_PATH, body, balancer.session))[0] == 400
+    await met(scene.client, scene.url)
+
+
+async def test_a_balancer_that_leaves_while_its_key_is_written_leaves_nothing_half_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The agent has one key then, and the sessions of no other one."""
+    writes, goes_on = threading.Event(), threading.Event()
+    keep = cluster_key.kept
+
+    def slowly(path: Path, key: str) -> None:
+        writes.set()
+        goes_on.wait(20)
+        keep(path, key)
+
+    monkeypatch.setattr(cluster_key, "kept", slowly)
+    async with scene_of(Gate(AGENT, ClusterKey(KEY, tmp_path / "cluster_key"))) as scene:
+        one = await met(scene.client, scene.url)
+        other = one.another("other")
+        await other.meet()
+        body = wire.NewKey(key=SECRET).model_dump_json().encode()
+        giving = asyncio.ensure_future(one.post(wire.KEY_PATH, body, one.session))
+        await until(writes.is_set)
+        giving.cancel()
+        await asyncio.gather(giving, return_exceptions=True)
+        # The agent has seen that: what it is asked next, it is asked afterwards.
+        assert await scene.status(other.session) == 200
+        goes_on.set()
+        await until(lambda: scene.gate.tag == handshake.cluster_tag(SECRET))
+        assert [await scene.status(each.session) for each in (one, other)] == [200, 401]
 
 
 async def test_a_code_is_good_for_a_few_guesses(caplog: pytest.LogCaptureFixture) -> None:

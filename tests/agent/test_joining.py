@@ -49,7 +49,7 @@ async def test_a_balancer_that_comes_up_later_is_joined_and_the_log_says_each_ch
     assert heard[0] == JOIN
     said = [record.getMessage() for record in caplog.records[:3]]
     assert said[0].startswith(f"cannot join http://127.0.0.1:{port}: ")
-    assert said[1] == f"joined http://127.0.0.1:{port}"
+    assert said[1] == f"asked http://127.0.0.1:{port} to come and meet this machine"
     assert said[2].startswith("cannot join")
 
 

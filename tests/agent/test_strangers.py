@@ -21,6 +21,8 @@ from agent.meeting import KEY, fingerprint_at, meet_process, within_sessions
 from agent.scenes import until
 from worker_agent import handshake, wire
 from worker_agent.handshake import Invitation
+from worker_agent.settings import is_http_url
+from worker_agent.where_balancers_are import MOST, keep, kept
 
 pytestmark = [pytest.mark.real_engine, pytest.mark.timeout(300)]
 
@@ -172,17 +174,18 @@ async def test_an_agent_without_a_key_shows_a_code_and_takes_the_key_from_who_ty
     assert KEY not in "".join(agent.lines + again.lines)
 
 
-@pytest.mark.parametrize("way", ["word", "standard input"])
+@pytest.mark.parametrize("way", ["word", "line", "standard input"])
 async def test_a_machine_joins_with_one_word_which_nobody_can_read_afterwards(
     tmp_path: Path, started: list[Started], way: str
 ) -> None:
     invitation = str(Invitation(KEY, ("127.0.0.1:9", "https://127.0.0.1:10")))
-    what = invitation if way == "word" else "-"
+    line = f"worker-agent join '{invitation}'"
+    what = {"word": invitation, "line": line, "standard input": "-"}[way]
     more = ("--data-dir", str(tmp_path), "--id", "a machine", "--slots", "1")
     agent = Started("join", what, *OPTIONS, *more)
     started.append(agent)
     assert agent.process.stdin is not None
-    agent.process.stdin.write(f"{invitation}\n")
+    agent.process.stdin.write(f"{line}\n")
     agent.process.stdin.flush()
     port = int(agent.until(r"listening on https://127\.0\.0\.1:(\d+)")[1])
     for url in ("http://127.0.0.1:9", "https://127.0.0.1:10"):
@@ -190,11 +193,42 @@ async def test_a_machine_joins_with_one_word_which_nobody_can_read_afterwards(
     meet_process(port)
     words = psutil.Process(agent.process.pid).cmdline()
     words = words[words.index("run") + 1 :]
-    assert words[-4:] == ["--balancer", "http://127.0.0.1:9", "--balancer", "https://127.0.0.1:10"]
-    assert sorted(words[:-4]) == sorted([*OPTIONS, *more])
+    assert sorted(words) == sorted([*OPTIONS, *more])
     assert KEY not in " ".join(words)
     assert (tmp_path / "cluster_key").stat().st_mode & 0o777 == 0o600
     assert KEY not in "".join(agent.lines)
+    agent.end()
+    again = Started("run", *OPTIONS, "--data-dir", str(tmp_path), "--balancer", "http://127.0.0.1:8")
+    started.append(again)
+    for url in ("http://127.0.0.1:8", "http://127.0.0.1:9", "https://127.0.0.1:10"):
+        await until(lambda url=url: any(f"cannot join {url}" in line for line in again.lines))
+
+
+def test_kept_addresses_are_dialled_too(tmp_path: Path, started: list[Started]) -> None:
+    keep(tmp_path, ["http://127.0.0.1:9"])
+    agent = Started("run", *OPTIONS, "--dial-out", "--data-dir", str(tmp_path))
+    started.append(agent)
+    agent.until(r"cannot open a tunnel to http://127\.0\.0\.1:9")
+
+
+def test_an_invitation_replaces_the_addresses_of_the_one_before(tmp_path: Path) -> None:
+    places = [f"http://10.0.0.{number}:4000" for number in range(12)]
+    keep(tmp_path, places)
+    assert kept(tmp_path, is_http_url) == tuple(places[:MOST])
+    assert (tmp_path / "balancers").stat().st_mode & 0o777 == 0o600
+    keep(tmp_path, places[9:10])
+    assert kept(tmp_path, is_http_url) == tuple(places[9:10])
+    keep(tmp_path, ())
+    assert kept(tmp_path, is_http_url) == ()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["ftp://10.0.0.9\n", "http://a..b:4000\n", "http://a:4000\n" * 9, "\x00"])
+def test_a_file_of_addresses_that_holds_others_is_not_used(tmp_path: Path, content: str) -> None:
+    (tmp_path / "balancers").write_text(content)
+    (tmp_path / "balancers").chmod(0o600)
+    done = ended("run", *OPTIONS, "--data-dir", str(tmp_path))
+    assert (done.returncode, "remove it, and join again" in done.stderr) == (2, True)
 
 
 def test_a_key_that_others_can_read_is_not_used(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from worker_agent import certificate, cluster_key, uninstall, units
+from worker_agent import certificate, cluster_key, uninstall, units, where_balancers_are
 from worker_agent.identity import identity
 from worker_agent.settings import default_data_dir
 from worker_agent.uninstall import Refused, examine, held, remove
@@ -39,6 +39,7 @@ def folder(home: Path) -> Path:
     with identity(folder) as who:
         certificate.kept(who.certificate)
     cluster_key.kept(folder / cluster_key.FILE, "a-key-of-the-whole-room")
+    where_balancers_are.keep(folder, ["http://192.168.1.10:4000"])
     (folder / ".cluster_key.0123456789abcdef").touch()  # left by a crash
     model = folder / "models" / "qwen"
     model.mkdir(parents=True)
@@ -57,9 +58,9 @@ def folder(home: Path) -> Path:
 def test_it_is_shown_what_would_go(folder: Path) -> None:
     (folder / "models" / "mine.gguf").touch()
     contents = examine(folder, uid=UID)
-    assert (contents.files, contents.models, contents.strange) == (8, ("qwen",), ("mine.gguf",))
+    assert (contents.files, contents.models, contents.strange) == (9, ("qwen",), ("mine.gguf",))
     assert str(contents).splitlines() == [
-        f"{folder}: 8 files, 3.0 MiB",
+        f"{folder}: 9 files, 3.0 MiB",
         "  models: qwen",
         "  not fetched by the agent, and removed too: mine.gguf",
     ]
@@ -101,7 +102,7 @@ def test_a_file_and_another_persons_folder_are_refused(folder: Path, home: Path)
         examine(home / "thesis.tex", uid=UID)
     with pytest.raises(Refused, match="belongs to somebody else"):
         examine(folder, uid=UID + 1)
-    assert examine(folder, uid=0).files == 7
+    assert examine(folder, uid=0).files == 8
 
 
 @pytest.mark.skipif(os.getuid() != 0 or sys.platform != "linux", reason="needs root, to mount a disk")
@@ -207,7 +208,7 @@ def test_without_data_everything_stays_and_it_is_said_where(folder: Path) -> Non
     code, out, _ = typed()
     assert code == 0
     assert f"stay in {folder}: --data removes them too" in out
-    assert examine(folder, uid=UID).files == 7
+    assert examine(folder, uid=UID).files == 8
 
 
 def test_who_is_asked_may_say_no(folder: Path) -> None:
@@ -235,7 +236,7 @@ def test_a_refusal_is_a_sentence(folder: Path, home: Path) -> None:
     assert (
         typed("--data", "--yes", "--data-dir", str(home / "gone"))[2] == f"there is no folder {home}/gone\n"
     )
-    assert examine(folder, uid=UID).files == 7
+    assert examine(folder, uid=UID).files == 8
     assert (home / "thesis.tex").exists()
 
 
@@ -266,7 +267,7 @@ def test_what_an_agent_keeps_is_all_in_its_data_folder() -> None:
     """Whoever makes a file or a folder is known here, with where it lies; a new one has to say."""
     known = {
         "identity.py": "the data folder itself",
-        "private_files.py": "the cluster key and the certificate, in the data folder",
+        "private_files.py": "cluster key, certificate and balancers' addresses, in the data folder",
         "service.py": "the service's file, which `service uninstall` removes, and the data folder",
         "uninstall.py": "opens to lock",
         "models": "models, below the data folder or where the settings say",

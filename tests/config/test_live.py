@@ -1,17 +1,21 @@
 """The settings in force: what a changed file changes while all runs, and what it leaves as it is."""
 
+import asyncio
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from balancer import config_file
 from balancer.admin import NotReloaded
 from balancer.discovery import Entry
 from balancer.live import LiveConfiguration, LiveSettings
 from balancer.settings import Settings, load
+from worker_agent import forgiving_json
 
 A = {"id": "a", "host": "10.0.0.1", "port": 8000}
 B = {"id": "b", "host": "10.0.0.2", "port": 8000}
@@ -147,6 +151,79 @@ async def test_a_secret_that_cannot_be_had_is_told_and_named_as_a_file_to_look_a
     await scene.live.was_saved()
     assert scene.put == [["a"], ["a"]]
     assert "worker-key" not in caplog.text + json.dumps(scene.live.shown())
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        None,
+        {"admin_key_file": "pipe"},
+        {"workers": [A | {"api_key": {"file": "pipe"}}]},
+        {"workers": [A | {"tls": True, "ca_file": "pipe"}]},
+        {"discover": [{"dns": "a.test", "type": "openai", "api_key": {"file": "pipe"}}]},
+    ],
+    ids=["the file itself", "admin key", "worker's key", "CA", "key of a name"],
+)
+async def test_a_pipe_is_a_fault_and_not_waited_for(scene: Scene, members: dict[str, object] | None):
+    if members is None:
+        scene.file.unlink()
+        os.mkfifo(scene.file)
+    else:
+        os.mkfifo(scene.file.parent / "pipe")
+        scene.write(**members)
+    async with asyncio.timeout(20):
+        with pytest.raises(NotReloaded, match="no plain file"):
+            await scene.live.reload("a test")
+        assert scene.live.files()[0] == scene.file
+
+
+async def test_the_key_of_a_name_is_read_with_the_file_and_put_when_it_changes(scene: Scene):
+    put: list[str] = []
+
+    def apply(settings: Settings) -> None:
+        key.unlink()  # what is applied was read before
+        put.extend(source.pattern.headers["Authorization"] for source in settings.named_sources())
+
+    scene.live.govern(LiveSettings(frozenset({"discover"}), apply))
+    key = scene.file.parent / "key"
+    scene.write(discover=[{"dns": "a.test", "type": "openai", "api_key": {"file": "key"}}])
+    for text in ("first-key", "second-key"):
+        key.write_text(text)
+        await scene.live.was_saved()
+    assert put == ["Bearer first-key", "Bearer second-key"]
+    assert "-key" not in json.dumps(scene.live.shown())
+
+
+async def test_where_a_value_stands_is_told_as_the_file_is_now(scene: Scene):
+    scene.write(f'{{\n"port": 4000,\n"workers": [{json.dumps(A)}],\n"max_wait": 1.0, "max_body_mib": 7}}')
+    await scene.live.was_saved()
+    sources: Any = scene.live.shown()["sources"]
+    places = [sources[name] for name in ("max_wait", "port", "max_body_mib")]
+    assert places == ["balancer.json:4:1", "balancer.json:2:1", "default"]  # the last waits for a restart
+
+
+def test_weights_of_another_policy_than_the_files_own_do_not_come_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    file = tmp_path / "f.json"
+    file.write_text('{"policy": "least_loaded", "scorer_weights": {"idleness": 3}}')
+    assert load(file, {}).source_of("scorer_weights") == "f.json:1:28"
+    assert load(file, {"policy": "round_robin"}).source_of("scorer_weights") == "default"
+    monkeypatch.setenv("BALANCER_SCORER_WEIGHTS", '{"rest": 2}')
+    settings = load(file, {"policy": "round_robin"})
+    assert settings.source_of("scorer_weights") == "BALANCER_SCORER_WEIGHTS"
+
+
+def test_a_file_that_stays_the_same_is_parsed_once(scene: Scene, monkeypatch: pytest.MonkeyPatch):
+    parsed = []
+    monkeypatch.setattr(
+        config_file, "tree", lambda *given, **more: parsed.append(1) or forgiving_json.tree(*given, **more)
+    )
+    for text in ('{"max_wait": 2.0}', '{"max_wait": 2.0,, }'):
+        scene.write(text)
+        for _ in range(3):
+            scene.live.files()
+    assert len(parsed) == 2
 
 
 def test_every_setting_knows_where_its_value_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from collections.abc import AsyncIterator, Callable
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -97,7 +98,7 @@ async def test_an_agent_with_the_key_is_met_and_answers(room, tls):
     assert (answer.status, answer.body) == (200, b"said")
     assert way.address.pin == (agent.fingerprint if tls else None)
     assert room.cluster.remembered == ({"a": agent.fingerprint} if tls else {})
-    assert [one.id for one in room.met] == ["a"]
+    assert set(room.met) == {worker(agent)}
 
 
 async def test_there_is_no_way_to_an_agent_that_was_not_met_where_it_is_now(room):
@@ -130,13 +131,18 @@ async def test_an_agent_of_another_key_is_not_met_and_is_told_of_once(room, capl
     assert len(warnings(caplog)) == 1
 
 
+async def hello_of_a(_request: web.Request) -> web.Response:
+    return web.Response(body=wire.HelloAnswer(id="a", nonce="n" * 32).model_dump_json().encode())
+
+
 @asynccontextmanager
-async def rogue(folder: Path, prove: Callable[[wire.Proof], bytes]) -> AsyncIterator[str]:
+async def rogue(
+    folder: Path,
+    prove: Callable[[wire.Proof], bytes],
+    hello: Callable[[web.Request], Awaitable[web.StreamResponse]] = hello_of_a,
+) -> AsyncIterator[str]:
     """Somebody who speaks the protocol, holds no key, and answers a proof as told."""
     asked: list[str] = []
-
-    async def hello(_request: web.Request) -> web.Response:
-        return web.Response(body=wire.HelloAnswer(id="a", nonce="n" * 32).model_dump_json().encode())
 
     async def proven(request: web.Request) -> web.Response:
         return web.Response(body=prove(wire.parse_proof(await request.read())))
@@ -347,6 +353,20 @@ async def test_a_former_key_opens_nothing_for_who_was_never_met(room):
         assert agent.held_key == KEY
 
 
+async def test_a_machine_that_is_removed_and_forgotten_gets_no_new_key(room):
+    """How the machine of somebody who leaves is put out: it holds a key that held once, and no more."""
+    async with room.agent() as agent, room.agent("b") as other:
+        for one in (agent, other):
+            await room.cluster.meet(worker(one))
+        room.cluster.gone(WorkerId("a"))  # as `balancer remove` does
+        assert await room.cluster.forget("a")
+        assert await room.cluster.rotate() == {"b": "has the new key"}
+        with pytest.raises(KeyRefused):
+            await room.cluster.meet(worker(agent))
+        assert (agent.held_key, other.held_key) == (KEY, room.cluster.key)
+        assert "a" not in room.cluster.remembered
+
+
 async def test_a_key_of_the_settings_is_not_changed(room):
     room.cluster._keys = ClusterKeys(KEY)
     with pytest.raises(CannotRotate, match="the settings give"):
@@ -362,35 +382,132 @@ async def test_an_invitation_holds_what_a_machine_needs(room):
 # Requests go within the session
 
 
-async def test_a_request_goes_to_who_was_met_and_one_who_has_forgotten_is_blamed_for_nothing_else(room):
-    """Not met, met, started again: nothing of a request is looked at without a session."""
-    strangers: list[Worker] = []
+def relay_to(room: Room) -> Relay:
+    async def meet(worker: Worker, refused: Way | None) -> Way:
+        try:
+            return await room.cluster.met(worker, refused)
+        except NotMet as error:
+            raise Unreachable(str(error)) from error
 
-    def way_to(worker: Worker) -> Way:
-        if (way := room.cluster.way(worker)) is None:
-            raise Unreachable("it is yet to be met")
-        return way
+    return Relay(room.upstream, asyncio.get_running_loop().time, room.cluster.way, meet)
 
-    def stranger(worker: Worker) -> None:
-        strangers.append(worker)
-        room.cluster.drop(worker)
 
-    clock = asyncio.get_running_loop().time
+def probe_of(engine: FakeEngine, number: int = 1) -> Probe:
+    agent = Worker(id=WorkerId("a"), type="agent", url=engine.url)
+    return Probe(Ticket(number), agent, Endpoint.CHAT, ModelName("fake"))
+
+
+async def test_a_request_meets_whom_it_needs_and_nothing_is_looked_at_without_a_session(room):
+    """Not met, met, started again, of another key."""
     room.started(AGENT_KEY)
     async with FakeEngine(agent_id="a") as engine:
-        agent = Worker(id=WorkerId("a"), type="agent", url=engine.url)
-        relay = Relay(room.upstream, clock, way_to, on_stranger=stranger)
-        probe = Probe(Ticket(1), agent, Endpoint.CHAT, ModelName("fake"))
-        assert (await relay.probe(probe)).unreachable
-        await room.cluster.meet(agent)
-        assert (await relay.probe(probe)).verdict is Verdict.GOOD
+        relay = relay_to(room)
+        for _ in range(2):
+            assert (await relay.probe(probe_of(engine))).verdict is Verdict.GOOD
+            engine.gate.forget()
         arrived = len(engine.requests)
+        engine.gate.key = "a-key-that-nobody-else-has"
+        assert (await relay.probe(probe_of(engine))).unreachable
+        assert len(engine.requests) == arrived == 2
+        assert room.cluster.sessions == ()
+
+
+async def test_all_requests_to_an_agent_that_was_started_again_share_one_meeting(room):
+    room.started(AGENT_KEY)
+    async with FakeEngine(agent_id="a", slots=20) as engine:
+        relay = relay_to(room)
+        await room.cluster.met(probe_of(engine).worker)
         engine.gate.forget()
-        assert (await relay.probe(probe)).unreachable
-        assert strangers == [agent]
-        assert len(engine.requests) == arrived
-        await room.cluster.meet(agent)
-        assert (await relay.probe(probe)).verdict is Verdict.GOOD
+        hellos = engine.gate.hellos
+        ended = await asyncio.gather(*(relay.probe(probe_of(engine, number)) for number in range(20)))
+        assert {one.verdict for one in ended} == {Verdict.GOOD}
+        assert engine.gate.hellos == hellos + 1
+
+
+async def test_whoever_leaves_a_meeting_leaves_it_to_the_others_and_the_last_one_ends_it(room):
+    reached, answers = asyncio.Event(), asyncio.Event()
+
+    async def hello(request: web.Request) -> web.StreamResponse:
+        reached.set()
+        await answers.wait()
+        return await hello_of_a(request)
+
+    async with rogue(room.folder, lambda _: b"{}", hello) as url:
+        there = Worker(id=WorkerId("a"), type="agent", url=url)
+        first, second = (asyncio.ensure_future(room.cluster.met(there)) for _ in range(2))
+        await reached.wait()
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        (meeting,) = room.cluster._meetings.values()
+        assert not meeting.task.cancelled()
+        second.cancel()
+        await asyncio.sleep(0)
+        answers.set()  # whoever comes next has a meeting of his own
+        with pytest.raises(NotMet, match=NO_KEY_HELD):
+            await room.cluster.met(there)
+        await asyncio.gather(second, meeting.task, return_exceptions=True)
+        assert meeting.task.cancelled()
+        assert room.cluster._meetings == {}
+
+
+async def test_an_agent_is_in_the_room_and_remembered_although_who_met_it_has_left_before_the_disk_did(
+    room, monkeypatch
+):
+    """A watch has its patience, and a disk may need longer than that."""
+    writes, goes_on = asyncio.Event(), threading.Event()
+    loop, keep = asyncio.get_running_loop(), Memory.keep
+
+    def slowly(memory: Memory, pins: bytes) -> None:
+        loop.call_soon_threadsafe(writes.set)
+        goes_on.wait(20)
+        keep(memory, pins)
+
+    monkeypatch.setattr(Memory, "keep", slowly)
+    async with room.agent() as agent:
+        meeting = asyncio.ensure_future(room.cluster.met(worker(agent)))
+        await writes.wait()
+        meeting.cancel()
+        await asyncio.gather(meeting, return_exceptions=True)
+        assert room.met == [worker(agent)]
+        assert room.cluster.way(worker(agent)) is not None
+        goes_on.set()
+        await room.cluster.forget("nobody")
+        while Memory(room.folder).pins().of("a") is None:
+            await asyncio.sleep(0.005)
+
+
+async def test_a_rotation_comes_to_its_end_although_who_asked_for_it_has_left(room, monkeypatch):
+    held = asyncio.Event()
+    give = Cluster._give_key
+
+    async def slowly(cluster: Cluster, way: Way, key: str) -> None:
+        await held.wait()
+        await give(cluster, way, key)
+
+    monkeypatch.setattr(Cluster, "_give_key", slowly)
+    async with room.agent() as agent:
+        await room.cluster.met(worker(agent))
+        rotation = asyncio.ensure_future(room.cluster.rotate())
+        while room.cluster.key == KEY:
+            await asyncio.sleep(0.005)
+        rotation.cancel()
+        await asyncio.gather(rotation, return_exceptions=True)
+        held.set()
+        while agent.held_key != room.cluster.key:
+            await asyncio.sleep(0.005)
+        assert (room.folder / "cluster_key").read_text().strip() == room.cluster.key
+
+
+async def test_two_agents_of_one_id_that_are_met_at_the_same_time_are_not_both_let_in(room):
+    async with room.agent(name="one") as one, room.agent(name="other") as other:
+        results = await asyncio.gather(
+            *(room.cluster.meet(worker(agent)) for agent in (one, other)), return_exceptions=True
+        )
+        refused = [result for result in results if isinstance(result, AnotherCertificate)]
+        (met,) = (result for result in results if isinstance(result, Way))
+        assert len(refused) == 1
+        assert room.cluster.remembered == {"a": met.address.pin}
+        assert [session.fingerprint for session in room.cluster.sessions] == [met.address.pin]
 
 
 # What agents answer: pure ...

@@ -282,6 +282,29 @@ def test_an_agent_that_was_renamed_takes_the_place_of_its_old_name(scene):
     assert list(scene.urls) == ["new"]
 
 
+def test_an_announcement_of_who_was_not_met_ends_nobody_that_is_lost_for_a_moment(scene):
+    """Else anybody on the link could have requests told that there is no such model."""
+    scene.joined("a", "192.168.1.20")
+    scene.alive("a")
+    scene.lost("a")
+    scene.meets = False
+    scene.found("evil", "192.168.1.20")
+    assert not any(isinstance(event, Gone) for event in scene.events)
+    assert set(scene.urls) == {"a"}
+    scene.alive("a")
+    assert scene.urls == {"a": "https://192.168.1.20:4100"}
+
+
+def test_who_was_lost_where_another_is_met_is_looked_for_at_its_other_addresses(scene):
+    scene.found("a", "192.168.1.20", "192.168.1.21")
+    scene.alive("a")
+    scene.lost("a")
+    scene.found("b", "192.168.1.20")
+    assert set(scene.urls) == {"a", "b"}
+    scene.after(TRY_NEXT_AFTER_SECONDS)
+    assert scene.urls == {"a": "https://192.168.1.21:4100", "b": "https://192.168.1.20:4100"}
+
+
 def test_machines_that_share_an_inner_address_are_told_apart(scene):
     scene.found("x", "10.0.3.1", "192.168.1.20")
     assert scene.urls == {"x": "https://192.168.1.20:4100"}

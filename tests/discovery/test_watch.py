@@ -50,7 +50,9 @@ class Met:
     def way(self, worker: Worker) -> Way | None:
         return self._ways.get(worker)
 
-    async def meet(self, worker: Worker) -> Way:
+    async def met(self, worker: Worker, refused: Way | None = None) -> Way:
+        if (known := self.way(worker)) is not None and known is not refused:
+            return known
         self.meetings += 1
         if self.refuses:
             raise self.refuses.pop(0)

@@ -24,7 +24,7 @@ from tests.e2e.conftest import OpenRoom, Room, free_port, listed
 from tests.e2e.processes import command
 from tests.fakes.engine import FakeEngine
 from tests.fakes.managed import ManagedAgent
-from worker_agent.wire import ModelState
+from worker_agent.wire import WIRE_VERSION, ModelState
 
 ASK = {"model": "fake", "messages": [{"role": "user", "content": "Name some trees."}], "max_tokens": 4}
 
@@ -288,11 +288,14 @@ async def test_with_the_key_what_does_not_exist_is_said_to_lack(open_room: OpenR
 # Workers ...
 
 
-async def test_the_workers_are_shown_with_their_models_and_where_they_came_from(open_room: OpenRoom):
-    async with FakeEngine() as engine, ManagedAgent("mac").running() as agent:
+async def test_the_workers_are_shown_with_their_models_and_where_they_came_from(
+    open_room: OpenRoom, tmp_path: Path
+):
+    mac = ManagedAgent("mac", certificate=tmp_path / "mac.pem")
+    async with FakeEngine() as engine, mac.running() as agent:
         agent.has("qwen", ModelState.LOADING, progress=0.5, eta_seconds=9.0, memory_bytes=123)
         async with open_room(listed(engine, "a", max_concurrent_requests=3, aliases={"f": "fake"})) as room:
-            join = {"id": "mac", "port": agent.port, "wire": 1}
+            join = {"id": "mac", "port": agent.port, "wire": WIRE_VERSION}
             async with room.http.post(f"{room.url}/cluster/v1/join", json=join) as response:
                 assert response.status == 200
             await room.ready(2)
@@ -336,9 +339,10 @@ async def test_an_id_with_signs_of_a_path_in_it_is_one_id(open_room: OpenRoom):
         assert room.worker("room 1/studio").state == "draining"
 
 
-async def test_an_agent_that_was_removed_stays_out_until_it_is_admitted(open_room: OpenRoom):
-    async with ManagedAgent("mac").running() as agent, open_room() as room:
-        join = {"id": "mac", "port": agent.port, "wire": 1}
+async def test_an_agent_that_was_removed_stays_out_until_it_is_admitted(open_room: OpenRoom, tmp_path: Path):
+    mac = ManagedAgent("mac", certificate=tmp_path / "mac.pem")
+    async with mac.running() as agent, open_room() as room:
+        join = {"id": "mac", "port": agent.port, "wire": WIRE_VERSION}
 
         async def asks_to_join() -> tuple[int, str]:
             async with room.http.post(f"{room.url}/cluster/v1/join", json=join) as response:

@@ -12,7 +12,7 @@ import aiohttp
 import openai
 import pytest
 
-from tests.e2e.conftest import OpenRoom, Room
+from tests.e2e.conftest import OpenRoom, Room, listed
 from tests.fakes.engine import FakeEngine
 from tests.fakes.faults import Fault
 from worker_agent.sources import Sources
@@ -174,6 +174,57 @@ async def test_a_key_that_is_revoked_is_refused_with_the_next_request(open_room:
         assert (status, answer["error"]["code"]) == (401, "api_key_revoked")
         engine.resume()
         assert (await running)[0] == 200  # what was under way may finish
+
+
+@BOTH
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+async def test_what_waits_with_a_key_that_is_revoked_is_refused(
+    open_room: OpenRoom, hot_path: bool, stream: bool
+):
+    async with FakeEngine() as engine:
+        row = listed(engine, "a", max_concurrent_requests=1)
+        async with open_room(row, hot_path=hot_path, auth="keys") as room:
+            await room.ready()
+            told, other = await made(room), await made(room, name="bob")
+            engine.script(Fault.stall(at_token=1))
+            running = asyncio.ensure_future(ask(room, told["key"]))
+            await engine.stalled()
+            waits = [
+                asyncio.ensure_future(ask(room, key, BODY | {"stream": stream and key == told["key"]}))
+                for key in (told["key"], other["key"])
+            ]
+            await room.until(lambda: room.balancer.snapshot().waiting == 2, "two in line")
+            assert (await room.admin("DELETE", f"/keys/{told['id']}"))[0] == 200
+            status, answer, _ = await waits[0]
+            assert (status, answer["error"]["code"]) == (401, "api_key_revoked")
+            engine.resume()
+            assert [(await one)[0] for one in (running, waits[1])] == [200, 200]
+            assert len(engine.requests) == 2
+
+
+@BOTH
+async def test_a_body_that_comes_after_its_key_was_revoked_is_not_read(open_room: OpenRoom, hot_path: bool):
+    async with FakeEngine() as engine, open_room(engine, hot_path=hot_path, auth="keys") as room:
+        told = await made(room)
+        body = json.dumps(BODY).encode()
+        reader, writer = await asyncio.open_connection("127.0.0.1", room.balancer.port)
+        writer.write(
+            f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {told['key']}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+            + body[:9]
+        )
+        taken = room.balancer._inference.access
+        assert taken is not None
+        recognised = asyncio.Event()
+        taken.take = lambda _key: recognised.set() or {}  # type: ignore[method-assign, func-returns-value]
+        async with asyncio.timeout(20):
+            await recognised.wait()
+        assert (await room.admin("DELETE", f"/keys/{told['id']}"))[0] == 200
+        writer.write(body[9:])
+        async with asyncio.timeout(20):
+            assert b" 401 " in await reader.readline()
+        writer.close()
+        assert not engine.requests
 
 
 async def test_a_key_that_is_revoked_in_the_file_is_refused_soon(open_room: OpenRoom):

@@ -3,7 +3,9 @@ in under /admin by a cookie, and all others may do nothing."""
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 from typing import Any
 
 import aiohttp
@@ -244,7 +246,33 @@ async def test_who_is_refused_is_recorded_but_not_without_end(open_room: OpenRoo
         assert "canary" not in json.dumps(found)
 
 
-@pytest.mark.parametrize("limit", ["0", "-1", "x", "1001", "99999999999", "\u0661"])
+async def test_who_guesses_at_the_sign_in_cannot_push_the_records_out(open_room: OpenRoom):
+    async with open_room() as room:
+        for number in range(40):
+            sent: dict[str, Any] = (
+                {"data": b"{"} if number % 2 else {"json": {"key": f"canary-guess-{number}"}}
+            )
+            headers = own_page(room) | {"Content-Type": "application/json"}
+            async with room.http.post(f"{room.url}/admin/session", headers=headers, **sent) as response:
+                assert response.status in (400, 403, 429)
+    found = [json.loads(line) for line in (room.data_dir / "audit.jsonl").read_text().splitlines()]
+    assert 1 <= len(found) <= 4
+    assert (found[0]["who"], found[0]["refused"]) == ("nobody yet", "admin_key_wrong")
+    assert "canary" not in json.dumps(found)
+
+
+async def test_an_audit_log_that_cannot_be_read_is_said(open_room: OpenRoom):
+    async with open_room() as room:
+        file = room.data_dir / "audit.jsonl"
+        file.unlink(missing_ok=True)
+        os.mkfifo(file)
+        async with asyncio.timeout(20):
+            assert (await room.admin("POST", "/nothing", {}))[0] == 404
+            status, told = await room.admin("GET", "/audit")
+        assert (status, "no plain file" in told["error"]["message"]) == (409, True)
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "x", "1001", "99999999999", "\u0661", "000001" + "9" * 5000])
 async def test_a_limit_that_is_none_is_said(open_room: OpenRoom, limit: str):
     async with open_room() as room:
         assert (await room.admin("GET", f"/audit?limit={limit}"))[0] == 400

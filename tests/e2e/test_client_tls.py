@@ -95,6 +95,51 @@ async def test_plain_http_on_a_port_with_tls_ends_quietly_and_is_told_once(
 
 
 @BOTH
+async def test_connections_count_before_tls_is_agreed_on_and_give_their_places_back(
+    open_room: OpenRoom, hot_path: bool, caplog
+):
+    caplog.set_level(logging.INFO)
+    async with FakeEngine() as engine:
+        settings = {"hot_path": hot_path, "tls": "self-signed", "max_connections": 8}
+        async with open_room(engine, **settings) as room, asyncio.timeout(2 * WAIT_SECONDS):
+            counted = room.balancer._server.connections
+            silent = [await asyncio.open_connection("127.0.0.1", room.balancer.port) for _ in range(8)]
+            await room.until(lambda: counted.count == 8, "all of them counted")
+            reader, writer = await asyncio.open_connection("127.0.0.1", room.balancer.port)
+            with suppress(ConnectionError):
+                assert await reader.read() == b""  # one more is ended at once
+            writer.close()
+            assert "no_connection_free" in caplog.text
+            silent[0][1].write(b"no TLS at all")
+            silent[1][1].write(b"\x16\x03\x01")
+            for _, one in silent:
+                await one.drain()
+                one.close()
+            await room.until(lambda: counted.count == 0, "their places given back")
+            for _ in range(20):
+                async with (
+                    aiohttp.ClientSession() as http,
+                    http.post(secure_url(room, CHAT), json=BODY, ssl=trusting(room)) as response,
+                ):
+                    assert response.status == 200
+            await room.until(lambda: counted.count == 0, "theirs too")
+            assert "Traceback" not in caplog.text
+
+
+async def test_who_does_not_agree_on_tls_is_given_up(open_room: OpenRoom, monkeypatch):
+    monkeypatch.setattr(
+        "balancer.app._server_policy", lambda settings: ServerPolicy(tls_handshake_seconds=0.1)
+    )
+    async with FakeEngine() as engine, open_room(engine, tls="self-signed") as room:
+        reader, writer = await asyncio.open_connection("127.0.0.1", room.balancer.port)
+        async with asyncio.timeout(WAIT_SECONDS):
+            with suppress(ConnectionError):
+                assert await reader.read() == b""
+        writer.close()
+        await room.until(lambda: room.balancer._server.connections.count == 0, "its place given back")
+
+
+@BOTH
 async def test_tls_on_a_plain_port_gets_an_alert_and_is_told(open_room: OpenRoom, hot_path: bool, caplog):
     caplog.set_level(logging.INFO)
     async with FakeEngine() as engine, open_room(engine, hot_path=hot_path) as room:
@@ -282,6 +327,25 @@ def test_a_key_that_others_may_have_read_is_not_used(tmp_path: Path):
         fingerprint_after(tmp_path, NAMES, NOW)
 
 
+def test_a_pair_that_was_renewed_by_half_is_made_anew(tmp_path: Path):
+    fingerprint_after(tmp_path, NAMES, NOW)
+    (tmp_path / "tls" / "key.pem").write_bytes(pair(tmp_path / "others")[1].read_bytes())
+    assert fingerprint_after(tmp_path, NAMES, NOW)
+
+
+@pytest.mark.parametrize("which", ["cert.pem", "key.pem"])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path: Path, which: str):
+    tls = ClientTls(*pair(tmp_path))
+    (tmp_path / which).unlink()
+    os.mkfifo(tmp_path / which)
+    with pytest.raises(TlsFault, match="no plain file"):
+        tls._load()
+    pair(tmp_path / "whole")
+    (tmp_path / "whole" / "cert.pem").replace(tmp_path / "cert.pem")
+    (tmp_path / "whole" / "key.pem").replace(tmp_path / "key.pem")
+    assert tls._load()
+
+
 def test_addresses_that_change_every_day_are_no_part_of_it():
     names = client_tls.covering(
         ("Studio", "studio.local"), ("192.168.1.5", "2001:db8::1", "fe80::1%eth0", "169.254.1.1", "::1")
@@ -325,6 +389,18 @@ async def test_commands_on_this_machine_trust_it_without_a_word(open_room: OpenR
         )
         _, error = await process.communicate()
         assert (process.returncode, b"--ca-file" in error) == (2, True), error
+
+
+async def test_the_address_of_the_page_is_one_that_answers(open_room: OpenRoom):
+    async with open_room(tls="self-signed") as room:
+        url = f"http://127.0.0.1:{room.balancer.port}"
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "balancer", "ui", "--url", url, "--data-dir", str(room.data_dir)),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        out, error = await process.communicate()
+        assert out.decode().startswith(secure_url(room, "/ui#token=")), error
 
 
 async def test_a_certificate_is_left_over_and_the_balancer_speaks_plainly(open_room: OpenRoom, monkeypatch):

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -156,6 +157,36 @@ async def test_log_lines_say_what_happened_once(tmp_path):
             )
         (line,) = lines
         assert re.fullmatch(r"\d\d:\d\d:\d\d INFO    listening on http://127\.0\.0\.1:\d+", line)
+
+
+@pytest.mark.parametrize("name", ["serve", "keep"])
+@pytest.mark.parametrize("host", ["no-machine.invalid", "a..b", "192.0.2.1"])
+async def test_an_address_of_no_machine_or_of_another_is_told_as_such(tmp_path, name: str, host: str):
+    words = (name, "--no-mdns", "--host", host, "--port", str(free_port()))
+    status, said = await balancer(tmp_path, *words)
+    assert (status, f"cannot listen on {host}:" in said, "with --host" in said) == (1, True, True), said
+    assert "--port" not in said
+    assert "Traceback" not in said
+
+
+async def test_a_class_that_a_key_cannot_have_is_told_by_its_option(tmp_path):
+    status, said = await balancer(
+        tmp_path, "keys", "create", "--name", "ann", "--class", "foo", COLUMNS="200"
+    )
+    assert (status, "'--class': " in said, "'interactive', 'batch', 'both'" in said) == (2, True, True), said
+
+
+async def test_an_invitation_is_a_line_to_paste_and_alone_for_programs(open_room: OpenRoom, tmp_path):
+    async with open_room() as room:
+        words = ("cluster", "invite", "--url", room.url, "--data-dir", str(room.data_dir))
+        status, said = await balancer(tmp_path, *words, "--json")
+        told = json.loads(said)
+        assert (status, told["command"].rpartition(" ")[0]) == (
+            0,
+            "pip install uv && uv run worker-agent join",
+        )
+        assert shlex.split(told["command"])[-1] == told["invitation"]
+        assert told["command"] in (await balancer(tmp_path, *words))[1].splitlines()
 
 
 async def test_the_version_is_printed(tmp_path):

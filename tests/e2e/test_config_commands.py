@@ -61,6 +61,44 @@ async def test_a_broken_file_is_said_by_line_and_column(tmp_path: Path, words: t
     assert (status, f'{file}:2:2: unknown key "prot", did you mean "port"?' in said) == (2, True)
 
 
+@pytest.mark.parametrize(
+    ("more", "variables", "status"),
+    [
+        ("", {}, 2),
+        (', "tls_cert_file": "c.pem"', {}, 2),
+        (', "tls_cert_file": "c.pem", "tls_key_file": "k.pem"', {}, 0),
+        (', "tls_cert_file": "c.pem"', {"BALANCER_TLS_KEY_FILE": "k.pem"}, 0),
+    ],
+)
+async def test_a_certificate_that_is_named_nowhere_is_said_before_the_start(
+    tmp_path: Path, more: str, variables: dict[str, str], status: int
+):
+    file = tmp_path / "balancer.json"
+    file.write_text('{\n "tls": "files"' + more + "}")
+    done, said = await config(tmp_path, "check", str(file), **variables)
+    fault = f'{file}:2:2: "tls": "files" needs both "tls_cert_file" and "tls_key_file"'
+    assert (done, fault in said) == (status, status == 2), said
+
+
+async def test_what_is_wrong_with_the_file_of_a_running_balancer_is_shown_on_a_line_of_its_own(
+    open_room: OpenRoom, tmp_path: Path
+):
+    async with open_room() as room:
+        room.config.write_text('{\n "prot": 1}')
+        await room.admin("POST", "/config/reload")
+        variables = {"BALANCER_ADMIN_KEY": keys.read(room.data_dir / "admin_key"), "COLUMNS": "60"}
+        async with command(
+            *("balancer", "config", "show", "--url", room.url),
+            output=tmp_path / "out.txt",
+            home=tmp_path,
+            **variables,
+        ) as running:
+            assert await running.ended() == 0
+            lines = running.text().splitlines()
+        at = next(number for number, line in enumerate(lines) if "broken since" in line)
+        assert lines[at + 1] == f'{room.config}:2:2: unknown key "prot", did you mean "port"?'
+
+
 async def test_what_the_running_balancer_has_and_the_file_has_not_is_shown(
     open_room: OpenRoom, tmp_path: Path
 ):

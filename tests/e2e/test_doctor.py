@@ -50,6 +50,9 @@ class Room:
     desk: Host
     folder: Path
 
+    def keyless_agent(self, *words: str) -> AbstractAsyncContextManager[Command]:
+        return self.agent(*words, key="")
+
     def balancer(self, key: str = KEY) -> AbstractAsyncContextManager[Command]:
         return self._command(
             self.hub, "balancer", "serve", "--mdns", "--data-dir", str(self.folder / "data"), key=key
@@ -180,6 +183,27 @@ async def test_an_agent_that_holds_another_key_is_named(room: Room):
         )
         assert "belongs to another cluster" in agents.about("cluster")[0]["sentence"]
         assert agents.status == 1
+
+
+async def test_agents_that_came_by_address_and_are_not_let_in_are_told_of(room: Room):
+    url = f"http://{room.hub.address}:{PORT}"
+    async with listening(room):
+        async with room.keyless_agent("join", url, "--no-mdns", "--id", "waiting"):
+            told = await told_once(room.ask_balancers_doctor, lambda told: bool(told.about("worker waiting")))
+            (waiting,) = told.about("worker waiting")
+            assert waiting["level"] == "warning"
+            assert "it waits for approval" in waiting["sentence"]
+            assert "`balancer workers approve waiting CODE`" in waiting["fix"]
+            assert not told.about("worker"), "one is known"
+        async with room.agent("join", url, "--no-mdns", "--id", "stranger", key=OTHER_KEY):
+            told = await told_once(
+                room.ask_balancers_doctor, lambda told: bool(told.about("worker stranger"))
+            )
+            (stranger,) = told.about("worker stranger")
+            assert "it is not let in: it holds another cluster key" in stranger["sentence"]
+        bare = await room.ask_balancers_doctor("--worker", room.desk.address)
+        (asked,) = bare.about(f"worker https://{room.desk.address}:4100")
+        assert "nothing listens" in asked["sentence"]
 
 
 async def test_a_machine_that_is_heard_and_does_not_answer_has_a_firewall(room: Room):

@@ -7,6 +7,7 @@ import random
 import openai
 import pytest
 
+from balancer.core.breaker import Phase
 from tests.e2e.conftest import OpenRoom, listed
 from tests.fakes.engine import FakeEngine, engine_process
 from tests.fakes.faults import OK, Fault, Part
@@ -142,6 +143,23 @@ async def test_a_worker_that_comes_back_is_used_again(open_room: OpenRoom):
         await room.until(lambda: room.balancer.snapshot().waiting == 1, "the request waits")
         await engine.listen()
         assert await waiting == TEXT
+
+
+async def test_an_agent_that_has_forgotten_whom_it_met_costs_no_answer_and_is_blamed_for_nothing(
+    open_room: OpenRoom,
+):
+    """It was started again, say, faster than anybody noticed."""
+    async with FakeEngine(agent_id="a", slots=8) as engine:
+        async with open_room(listed(engine, "a", type="agent")) as room:
+            await room.ready()
+            for _ in range(3):
+                engine.gate.forget()
+                answers = await asyncio.gather(
+                    *(room.openai.chat.completions.create(model="fake", messages=MESSAGES) for _ in range(8))
+                )
+                assert all(answer.choices[0].finish_reason == "stop" for answer in answers)
+                assert room.worker("a").breaker is Phase.CLOSED
+            assert 'cause="unreachable"' not in await room.metrics()
 
 
 async def test_a_worker_that_fails_again_and_again_is_left_alone_and_probed_later(open_room: OpenRoom):

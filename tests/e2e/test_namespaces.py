@@ -183,7 +183,7 @@ async def test_an_agent_that_multicast_does_not_reach_joins_by_address(lan: Lan)
     assert await what_passes(lan.balancer_host, lan.agent_host) == ["unicast"]
     async with lan.agent("join", lan.url) as agent:
         worker = await lan.until_ready(agent)
-        await agent.until_it_says(f"joined {lan.url}")
+        await agent.until_it_says(f"asked {lan.url} to come")
         await agent.until_it_says("advertised by mDNS")  # it tries that too, and does not mind
         await lan.chat(worker)
 

@@ -49,7 +49,7 @@ from balancer.journey import Journey, JourneyPolicy
 from balancer.leases import Leases
 from balancer.metrics import Metrics
 from balancer.relay import Relay
-from balancer.upstream import TimeoutPolicy, Upstream
+from balancer.upstream import Address, TimeoutPolicy, Upstream, Way
 from tests.fakes.engine import FakeEngine
 from tests.fakes.engine import Outcome as Seen
 from tests.fakes.faults import Fault
@@ -141,13 +141,17 @@ class Stage:
             raise TimeoutError(f"not within {WAIT_SECONDS:g} s: {what}; {self.script.told}") from None
 
 
+async def nobody_is_met(worker: Worker, refused: Way | None) -> Way:
+    raise AssertionError("a worker of another type is never met")
+
+
 @asynccontextmanager
 async def stage(react: Reaction) -> AsyncIterator[Stage]:
     clock = asyncio.get_running_loop().time
     script = Script(react)
     served: list[Served] = []
     async with Upstream(TimeoutPolicy()) as upstream, aiohttp.ClientSession() as http:
-        relay = Relay(upstream, clock, lambda worker: {})
+        relay = Relay(upstream, clock, lambda worker: Way(Address.of(worker.url), {}), nobody_is_met)
         async with Leases(script, clock, relay.probe) as leases:
             metrics = Metrics(leases.snapshot, leases.serves)
             journey = Journey(

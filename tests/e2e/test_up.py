@@ -4,6 +4,7 @@ import asyncio
 import json
 import shutil
 import signal
+import stat
 import sys
 from pathlib import Path
 
@@ -20,13 +21,14 @@ STARTED = "Ctrl-C stops everything."
 ANSWERED = "/v1/chat/completions smollm2-135m-instruct 200"
 
 
-def up(tmp_path: Path, port: int, *more: str):
+def up(tmp_path: Path, port: int, *more: str, **variables: str):
     """The command of the README; one thread, since other tests want a core too."""
     return command(
         *("balancer", "up", "--port", str(port), "--no-mdns", "--data-dir", str(tmp_path / "data")),
         *("--threads", "1", *more),
         output=tmp_path / "output.txt",
         home=tmp_path,
+        **variables,
     )
 
 
@@ -63,6 +65,24 @@ async def test_what_it_prints_works_as_pasted_and_ctrl_c_leaves_nothing(tmp_path
         running.send(signal.SIGINT)
         assert await running.ended() == 0
         await running.until_nothing_is_left()
+
+
+async def test_with_a_certificate_of_its_own_what_it_prints_works_as_pasted_too(tmp_path):
+    folder = tmp_path / "somebody's own"
+    folder.mkdir()
+    (folder / "data").mkdir()
+    (folder / "data" / "agent.log").touch(0o644)
+    port = free_port()
+    async with up(folder, port, BALANCER_TLS="self-signed") as running:
+        await running.until_it_says(STARTED)
+        text = running.text()
+        assert f"https://127.0.0.1:{port}/v1" in below(text, "Endpoint")
+        if shutil.which("curl"):
+            said = await output_of("bash", "-c", below(text, "Try it").replace("curl ", "curl -sN ", 1))
+            assert said.rstrip().endswith("data: [DONE]")
+        said = await output_of(sys.executable, "-c", below(text, "From Python (pip install openai)"))
+        assert said.strip()
+        assert stat.S_IMODE((folder / "data" / "agent.log").stat().st_mode) == 0o600
 
 
 async def test_ctrl_c_during_the_start_leaves_nothing(tmp_path):

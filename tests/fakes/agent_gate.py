@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import orjson
 
 from worker_agent import handshake, wire
-from worker_agent.handshake import PLAIN, Nonces, Role, Transcript
+from worker_agent.gate import Challenges
+from worker_agent.handshake import PLAIN, Role, Transcript
 
 KEY = "a-cluster-key-of-these-tests"
 PATHS = frozenset({wire.HELLO_PATH, wire.PROVE_PATH})
@@ -31,7 +32,7 @@ class AgentGate:
     hellos: int = 0
     refused: int = 0
     """Proofs that were none."""
-    _nonces: Nonces = field(default_factory=Nonces)
+    _challenges: Challenges = field(default_factory=lambda: Challenges(secrets.token_bytes(32), 256))
     _sessions: set[str] = field(default_factory=set)
 
     def answer(self, path: str, body: bytes) -> tuple[int, bytes]:
@@ -56,7 +57,7 @@ class AgentGate:
     def _hello(self, body: bytes) -> tuple[int, bytes]:
         wire.parse_hello(body)
         self.hellos += 1
-        nonce = self._nonces.give(secrets.token_urlsafe(24), time.monotonic())
+        nonce = self._challenges.give(secrets.token_urlsafe(24), time.monotonic())
         by = wire.ProvenBy.CODE if self.key is None else wire.ProvenBy.KEY
         return 200, wire.HelloAnswer(id=self.agent_id, nonce=nonce, by=by).model_dump_json().encode()
 
@@ -66,10 +67,12 @@ class AgentGate:
             said.balancer, self.agent_id, said.nonce, said.agent_nonce, self.fingerprint, wire.WIRE_VERSION
         )
         key = handshake.key_bytes(self.key or secrets.token_hex(16))
-        known = self._nonces.take(said.agent_nonce, time.monotonic())
+        now = time.monotonic()
+        known = self._challenges.is_good(said.agent_nonce, now)
         if not known or not handshake.is_proof(transcript, key, Role.BALANCER, said.proof):
             self.refused += 1
             return _refusal(403, "cluster_key_wrong", "the proof is not one of this agent's key")
+        self._challenges.use_up(said.agent_nonce, now)
         self._sessions.add(transcript.session(key))
         answer = wire.ProofAnswer(proof=transcript.proof(key, Role.AGENT))
         return 200, answer.model_dump_json().encode()

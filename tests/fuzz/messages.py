@@ -7,6 +7,7 @@ from contextlib import suppress
 
 from tests.fuzz.target import Target, pure
 from worker_agent import handshake, wire
+from worker_agent.gate import Challenges
 
 MESSAGES: tuple[Callable[[bytes], object], ...] = (
     wire.Report.from_line,
@@ -53,21 +54,20 @@ def proof(data: bytes) -> None:
 
 
 def nonces(data: bytes) -> None:
-    """Each is good once and for a while, whatever comes; and there are never more than may be."""
-    given = handshake.Nonces()
-    good: dict[str, float] = {}
+    """Each is good once and for a while, whatever comes, and no other one ever is."""
+    challenges = Challenges(b"k" * 32, len(data) + 1)
+    given: dict[int, tuple[str, float]] = {}
     now = 0.0
+    assert not challenges.is_good(data.decode("utf-8", "replace"), now)
     for number, byte in enumerate(data):
         now += (byte >> 4) * 1.5
         if byte & 1:
-            nonce = given.give(f"nonce-{number}", now)
-            good[nonce] = now
-            good = dict(list(good.items())[-handshake.MAX_NONCES :])
-        else:
-            name = f"nonce-{number - (byte & 15)}"
-            began = good.pop(name, None)
-            assert given.take(name, now) == (began is not None and now - began <= handshake.NONCE_SECONDS)
-            assert not given.take(name, now)
+            given[number] = challenges.give(f"chance-{number}", now), now
+        elif (taken := given.pop(number - (byte & 15), None)) is not None:
+            nonce, began = taken
+            assert challenges.is_good(nonce, now) == (now - began <= handshake.NONCE_SECONDS)
+            challenges.use_up(nonce, now)
+            assert not challenges.is_good(nonce, now)
 
 
 def invitation(data: bytes) -> None:
@@ -80,7 +80,7 @@ def invitation(data: bytes) -> None:
         told = "the invitation is not whole: copy all of it, from `lb2.` to the end of its line, as "
         assert str(error) == told + "`balancer cluster invite` shows it"
         return
-    assert handshake.LEAST_KEY_CHARACTERS <= len(read.key) <= handshake.MOST_KEY_CHARACTERS
+    assert handshake.is_cluster_key(read.key)
     assert handshake.parse_invitation(str(read)) == read
 
 

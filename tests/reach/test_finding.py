@@ -19,6 +19,7 @@ from balancer.announce import announce
 from worker_agent import finding, wire
 from worker_agent.advertise import Presence, advertise
 from worker_agent.finding import balancer_url, found_balancers, is_ours
+from worker_agent.joining import Joining
 from worker_agent.reachability import by_reachability
 
 OURS, THEIRS = "0123456789abcdef", "fedcba9876543210"
@@ -60,6 +61,28 @@ async def test_an_agent_finds_the_balancers_of_its_own_cluster_and_without_a_key
         assert "http://127.0.0.1:4003" not in found
         tag[0] = ""
         await until(lambda: "http://127.0.0.1:4003" in found)
+
+
+async def test_an_agent_that_is_given_a_key_leaves_the_balancers_of_other_clusters_alone(monkeypatch):
+    """It had found them when it had none, and any of them might have let it in."""
+    monkeypatch.setattr(finding, "_LOOK_AGAIN_SECONDS", 0.1)
+    tag = [""]
+    joining = Joining(wire.Join(id="a", port=4100))
+    urls = {"http://127.0.0.1:4001", "http://127.0.0.1:4003"}
+    async with beside(
+        balancer("ours", 4001, OURS),
+        balancer("theirs", 4003, THEIRS),
+        joining.run([]),
+        found_balancers(lambda: tag[0], joining.found, LOOPBACK, joining.forget_found),
+    ):
+        await until(
+            lambda: {task.get_name() for task in asyncio.all_tasks()} >= {f"join {url}" for url in urls}
+        )
+        tag[0] = OURS
+        await until(lambda: joining._found.keys() == {"http://127.0.0.1:4001"})
+        await until(
+            lambda: "join http://127.0.0.1:4003" not in {task.get_name() for task in asyncio.all_tasks()}
+        )
 
 
 @contextlib.asynccontextmanager

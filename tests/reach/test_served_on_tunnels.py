@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,3 +133,19 @@ async def test_an_agent_that_is_gone_is_refused_at_once(tmp_path):
         await until(lambda: both.place.tunnels.waiting == 0)
         with pytest.raises(Unreachable):
             await both.upstream.ask(both.address, "GET", "/words", {}, limit_bytes=LIMIT, seconds=20)
+
+
+async def test_a_stranger_that_opens_a_tunnel_and_says_nothing_costs_a_part_of_the_time_to_connect(tmp_path):
+    near, far = socket.socketpair()
+    near.setblocking(False)
+    async with pair(tmp_path) as both:
+        both.place.tunnels.admit(AGENT, "", "10.0.0.66")
+        both.place.tunnels.give(AGENT, near, "10.0.0.66")
+        both.upstream.policy = TimeoutPolicy(connect_seconds=4.0)
+        answer = await both.upstream.ask(
+            *(both.address, "GET", "/words?count=1&of=0", {}), limit_bytes=LIMIT, seconds=20
+        )
+        assert answer.body == b"line 1 of 0\n"
+        assert far.recv(1)  # it was asked first
+    near.close()
+    far.close()

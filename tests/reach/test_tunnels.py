@@ -368,6 +368,56 @@ async def test_who_claims_an_id_that_is_anothers_gets_no_more_than_every_second_
         sock.close()
 
 
+async def test_one_address_with_connections_of_many_names_keeps_nobody_elses_out():
+    tunnels = Tunnels(arrived=lambda *_: None, clock=lambda: 0.0)
+    honest = ends(tunnels, "honest", "10.0.0.1")
+    made = [ends(tunnels, f"a{number % 8}", "10.0.0.66") for number in range(600)]
+    another = ends(tunnels, "another", "10.0.0.2")
+    assert tunnels.waiting == TunnelPolicy().max_waiting
+    assert await tunnels.take("honest") is honest[0]
+    assert await tunnels.take("another") is another[0]
+    tunnels.aclose()
+    for pair in (honest, another, *made):
+        for end in pair:
+            end.close()
+
+
+async def test_who_comes_and_goes_under_many_names_leaves_nothing_behind():
+    tunnels = Tunnels(arrived=lambda *_: None, clock=lambda: 0.0)
+    for number in range(TunnelPolicy().max_agents):
+        _, far = ends(tunnels, f"a{number}", "10.0.0.66")
+        far.close()
+        await until(lambda: tunnels.waiting == 0)
+        tunnels.tick()
+    near, far = ends(tunnels, "honest", "10.0.0.1")
+    assert await tunnels.take("honest") is near
+    near.close()
+    far.close()
+
+
+async def test_who_claims_an_id_and_is_refused_takes_nothing_from_whose_it_is():
+    """By the tag of another cluster, say."""
+
+    def arrived(_agent_id: str, tag: str) -> None:
+        if tag:
+            raise Conflict("This agent holds the key of another cluster.")
+
+    tunnels = Tunnels(arrived=arrived, clock=lambda: 0.0)
+    near, far = ends(tunnels, "a", "10.0.0.1")
+    asked = asyncio.ensure_future(tunnels.take("b"))
+    with pytest.raises(ConnectionRefusedError):
+        await asked
+    for _ in range(3):
+        with pytest.raises(Conflict):
+            tunnels.admit("a", "feedfeedfeedfeed", "10.0.0.66")
+        with pytest.raises(Conflict):
+            tunnels.admit("b", "feedfeedfeedfeed", "10.0.0.66")
+    assert list(tunnels._agents) == ["a"]
+    assert await tunnels.take("a") is near
+    near.close()
+    far.close()
+
+
 async def test_there_are_only_so_many_agents_and_connections():
     policy = TunnelPolicy(max_agents=3, max_agents_per_address=2, max_waiting=6)
     tunnels = Tunnels(arrived=lambda *_: None, clock=lambda: 0.0, policy=policy)
@@ -377,9 +427,8 @@ async def test_there_are_only_so_many_agents_and_connections():
     made.append(ends(tunnels, "c", "10.0.0.2"))
     with pytest.raises(TooManyTunnels):
         tunnels.admit("d", "", "10.0.0.3")
-    made += [ends(tunnels, "a", "10.0.0.1") for _ in range(3)]
-    with pytest.raises(TooManyTunnels):
-        tunnels.admit("a", "", "10.0.0.1")
+    made += [ends(tunnels, "a", "10.0.0.1") for _ in range(5)]
+    assert tunnels.waiting == policy.max_waiting
     tunnels.aclose()
     assert tunnels.waiting == 0
     for pair in made:
