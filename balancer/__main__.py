@@ -150,6 +150,7 @@ async def _up(settings: Settings, agent: up_.LocalAgent, stop: Stop) -> None:
                             certificate=own_certificate(settings.data_dir.absolute())
                             if settings.tls == "self-signed"
                             else None,
+                            needs_key=settings.auth == "keys",
                         ),
                     )
                     _print_way_to_the_page(balancer, settings)

@@ -208,26 +208,31 @@ def welcome(
     invitation: str,
     loopback_only: bool,
     certificate: Path | None = None,
+    needs_key: bool = False,
 ) -> dict[str, str]:
     """What a new user wants to know, by heading; the commands work as pasted.
 
     They bound the answer: a small model now and then does not stop before its context is full.
 
     `local`: the balancer's URL on this machine. `places`: where it is for others, `host:port`.
-    `certificate`: of the balancer's own making, which clients have to be told to trust.
+    `certificate`: of the balancer's own making, which clients have to be told to trust. `needs_key`: answers
+    are for those who bring a key.
     """
     model = view.models[0]
     trusting = "" if certificate is None else f"--cacert {shlex.quote(str(certificate))} "
+    if needs_key:
+        trusting += '-H "Authorization: Bearer $OPENAI_API_KEY" '
     texts = {
         "Endpoint": "\n".join([f"{local}/v1", *(f"{_url(place)}/v1" for place in places)]),
         "Model": f"{model} ({view.engine} on {view.hardware})" if view.hardware else model,
+        **({"A key, first of all": _key_first(local)} if needs_key else {}),
         "Try it": (
             f"curl {trusting}{local}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
             f'  -d \'{{"model": "{model}", "stream": true, "max_tokens": 200, '
             '"messages": [{"role": "user", "content": "Say hello."}]}\''
         ),
         "From Python (pip install openai)": (
-            f"{_python_client(local, certificate)}\n"
+            f"{_python_client(local, certificate, needs_key)}\n"
             "answer = client.chat.completions.create(\n"
             f'    model="{model}", max_tokens=200, '
             'messages=[{"role": "user", "content": "Say hello."}]\n'
@@ -241,16 +246,21 @@ def welcome(
     return texts
 
 
-def _python_client(local: str, certificate: Path | None) -> str:
+def _python_client(local: str, certificate: Path | None, needs_key: bool) -> str:
+    """With `needs_key` the SDK takes the key from its own variable."""
+    where = f'base_url="{local}/v1"' + ("" if needs_key else ', api_key="none"')
     if certificate is None:
-        return f'from openai import OpenAI\nclient = OpenAI(base_url="{local}/v1", api_key="none")'
+        return f"from openai import OpenAI\nclient = OpenAI({where})"
     return (
         "import ssl\n"
         "from openai import DefaultHttpxClient, OpenAI\n"
         f"trusted = ssl.create_default_context(cafile={str(certificate)!r})\n"
-        f'client = OpenAI(base_url="{local}/v1", api_key="none", '
-        "http_client=DefaultHttpxClient(verify=trusted))"
+        f"client = OpenAI({where}, http_client=DefaultHttpxClient(verify=trusted))"
     )
+
+
+def _key_first(local: str) -> str:
+    return f'export OPENAI_API_KEY="$(uv run balancer keys create --name me --url {local})"'
 
 
 def _joining(invitation: str, places: tuple[str, ...], loopback_only: bool) -> str:

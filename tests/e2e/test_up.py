@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shlex
 import shutil
 import signal
 import stat
@@ -83,6 +84,26 @@ async def test_with_a_certificate_of_its_own_what_it_prints_works_as_pasted_too(
         said = await output_of(sys.executable, "-c", below(text, "From Python (pip install openai)"))
         assert said.strip()
         assert stat.S_IMODE((folder / "data" / "agent.log").stat().st_mode) == 0o600
+
+
+async def test_where_keys_are_asked_for_what_it_prints_makes_one_first(tmp_path):
+    port = free_port()
+    async with up(tmp_path, port, BALANCER_AUTH="keys") as running:
+        await running.until_it_says(STARTED)
+        text = running.text()
+        make = below(text, "A key, first of all").replace(
+            "uv run balancer", f"{shlex.quote(sys.executable)} -m balancer"
+        )
+        python = shlex.quote(below(text, "From Python (pip install openai)"))
+        lines = [f"export BALANCER_DATA_DIR={shlex.quote(str(tmp_path / 'data'))}", make]
+        lines.append(f"{shlex.quote(sys.executable)} -c {python} && echo ANSWERED")
+        if shutil.which("curl"):
+            lines.append(below(text, "Try it").replace("curl ", "curl -sN ", 1))
+        else:
+            lines.append("echo 'data: [DONE]'")
+        said = await output_of("bash", "-c", "\n".join(lines))
+        assert "ANSWERED" in said
+        assert said.rstrip().endswith("data: [DONE]")
 
 
 async def test_ctrl_c_during_the_start_leaves_nothing(tmp_path):
