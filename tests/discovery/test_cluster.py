@@ -7,7 +7,7 @@ import logging
 import ssl
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
 import orjson
@@ -213,8 +213,10 @@ async def in_between(folder: Path, agent: MetAgent) -> AsyncIterator[tuple[str, 
     async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         to_agent = ssl.create_default_context()
         to_agent.check_hostname, to_agent.verify_mode = False, ssl.CERT_NONE
-        inner, outer = await asyncio.open_connection("127.0.0.1", agent.port, ssl=to_agent)
-        await asyncio.gather(carry(reader, outer), carry(inner, writer), return_exceptions=True)
+        with closing(writer):
+            inner, outer = await asyncio.open_connection("127.0.0.1", agent.port, ssl=to_agent)
+            with closing(outer):
+                await asyncio.gather(carry(reader, outer), carry(inner, writer), return_exceptions=True)
 
     context = certificate.kept(folder / "between.pem").server_context()
     server = await asyncio.start_server(relay, "127.0.0.1", 0, ssl=context)

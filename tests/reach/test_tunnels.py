@@ -461,11 +461,11 @@ def test_tries_are_spread_and_never_further_apart_than_eight_seconds():
 )
 async def test_whatever_answers_there_the_agent_says_what_it_was(answer, sentence):
     async def anything(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(answer)
-        with contextlib.suppress(OSError):
-            await writer.drain()
-        writer.close()
+        with contextlib.closing(writer):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(answer)
+            with contextlib.suppress(OSError):
+                await writer.drain()
 
     server = await asyncio.start_server(anything, "127.0.0.1", 0)
     async with server:
@@ -475,10 +475,10 @@ async def test_whatever_answers_there_the_agent_says_what_it_was(answer, sentenc
 
 async def test_what_the_balancer_says_right_after_its_answer_is_left_for_the_server():
     async def balancer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: llm-tunnel\r\n\r\n\x16\x03\x01hello")
-        await reader.read()
-        writer.close()
+        with contextlib.closing(writer):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: llm-tunnel\r\n\r\n\x16\x03\x01hello")
+            await reader.read()
 
     server = await asyncio.start_server(balancer, "127.0.0.1", 0)
     async with server:
