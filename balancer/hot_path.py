@@ -442,19 +442,19 @@ class HotConnection(asyncio.Protocol):
         """As soon as what was written has been read."""
         self._state = _State.LINGER
         self._due(self._server.policy.slow_reader_seconds)
-        self._transport.close()
+        self._shut()
 
     def _linger(self) -> None:
         """Close without the reset that would keep the client, still sending, from reading its answer."""
         self._state = _State.LINGER
         server = self._server
         if len(server.lingering) >= server.policy.max_lingering:
-            self._transport.close()
+            self._shut()
             return
         server.lingering.add(self)
         self._due(server.policy.linger_seconds)
         if not self._transport.can_write_eof():  # TLS: closing says goodbye in its own way
-            self._transport.close()
+            self._shut()
             return
         self._transport.write_eof()
         if self._paused_reading:
@@ -471,11 +471,16 @@ class HotConnection(asyncio.Protocol):
         task = self._task
         if task is not None:
             task.cancel()
-        self._transport.close()
+        self._shut()
         return task
 
     def abort(self) -> None:
         self._transport.abort()
+
+    def _shut(self) -> None:
+        # Once: the second time asyncio's TLS forgets whom to tell (CPython 3.11.2), and cannot abort any more.
+        if not self._transport.is_closing():
+            self._transport.close()
 
     def _due(self, seconds: float) -> None:
         """The one deadline of what it is doing now. The timer is moved only to come earlier."""
