@@ -478,7 +478,7 @@ class HotConnection(asyncio.Protocol):
         self._transport.abort()
 
     def _shut(self) -> None:
-        # Once: the second time asyncio's TLS forgets whom to tell (CPython 3.11.2), and cannot abort any more.
+        # Once: the second time asyncio's TLS forgets whom to tell (CPython 3.11.2), and can abort no more.
         if not self._transport.is_closing():
             self._transport.close()
 
