@@ -330,8 +330,10 @@ def _set_up_log(settings: Settings) -> None:
     lines.addFilter(log_format.Ids())
     lines.setFormatter(log_format.formatter(settings.log_format, names=True, date=True))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[lines], force=True)
-    for talkative in ("asyncio", "zeroconf"):
-        logging.getLogger(talkative).setLevel(logging.WARNING)
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
+    # It warns, with a traceback, of each interface on which it cannot send; whether it can at all is said by
+    # `advertise`.
+    logging.getLogger("zeroconf").setLevel(logging.ERROR)
     log_format.log_what_nobody_caught()
 
 

@@ -191,6 +191,7 @@ async def test_an_agent_that_multicast_does_not_reach_joins_by_address(lan: Lan)
 async def test_an_agent_that_is_told_to_stop_says_goodbye_and_leaves_nothing(lan: Lan):
     async with listening_for_goodbyes(lan.client_host) as goodbyes, lan.agent("run") as agent:
         worker = await lan.until_ready(agent)
+        await agent.until_it_says("advertised by mDNS")  # it may have found the balancer before that
         assert len(lan.agent_host.processes()) >= 3  # the agent, the guard, the engine
         assert goodbyes == []
         agent.send(signal.SIGTERM)
