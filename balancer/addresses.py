@@ -9,6 +9,8 @@ import socket
 
 import psutil
 
+from worker_agent import sources
+
 
 def own_url(host: str, port: int, *, tls: bool = False) -> str:
     """Where a balancer that listens on this host is reached from its own machine."""
@@ -19,10 +21,7 @@ def own_url(host: str, port: int, *, tls: bool = False) -> str:
 
 def is_loopback(host: str) -> bool:
     """Whether a balancer that listens there can be reached from this machine only."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return host == "localhost" or sources.is_loopback(host)
 
 
 def lan_addresses(host: str) -> tuple[str, ...]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from balancer.addresses import is_loopback
 from worker_agent import wire
 from worker_agent.advertise import Presence, advertise
-from worker_agent.sources import is_loopback
 
 
 async def announce(host: str, port: int, announced: Callable[[], wire.Announced]) -> None:
@@ -16,7 +16,7 @@ async def announce(host: str, port: int, announced: Callable[[], wire.Announced]
     `host`: the address that it is bound to. `announced`: its id, the tag of the cluster's key as it is now,
     and of a balancer that clients speak to over TLS the fingerprint of its certificate.
     """
-    if host == "localhost" or is_loopback(host):
+    if is_loopback(host):
         return
     await advertise(
         lambda: Presence(wire.BALANCER_SERVICE_TYPE, announced(), host, port),

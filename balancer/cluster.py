@@ -132,10 +132,8 @@ class Cluster:
         pins: Pins,
         clock: Callable[[], float],
         on_met: Callable[[Worker], None] = lambda _: None,
-        on_key: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_met` is told of each agent when there is a session with it, and of the same one again;
-        `on_key` of a new cluster key."""
+        """`on_met` is told of each agent when there is a session with it, and of the same one again."""
         self.id = balancer_id
         self._upstream = upstream
         self._memory = memory
@@ -143,7 +141,6 @@ class Cluster:
         self._pins = pins
         self._clock = clock
         self._on_met = on_met
-        self._on_key = on_key
         self._sessions: dict[WorkerId, Session] = {}
         self._pending: dict[tuple[str, str], Pending] = {}
         self._strangers: dict[tuple[str, str], Stranger] = {}
@@ -458,7 +455,6 @@ class Cluster:
         async with self._rotating:
             self._keys = await asyncio.to_thread(keys.rotated, self._keys)
             log.warning("the cluster has a new key")
-            self._on_key()
             room = asyncio.Semaphore(AT_ONCE)
             sessions = list(self._sessions.values())
             told = await asyncio.gather(*(self._renewed(session, room) for session in sessions))

@@ -13,7 +13,7 @@ import dataclasses
 import ipaddress
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -277,11 +277,6 @@ class Names:
             self._names[key] = _Name(source, known)
         self._tell()
         self._changed.set()
-
-    @property
-    def troubles(self) -> Mapping[str, str]:
-        """Why a name could not be looked up the last time, by name."""
-        return {name.source.name: name.known.trouble for name in self._names.values() if name.known.trouble}
 
     async def run(self) -> None:
         """Until cancelled."""

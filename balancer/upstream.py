@@ -15,7 +15,6 @@ import asyncio
 import errno
 import socket
 import ssl
-import sys
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -28,6 +27,7 @@ from urllib.parse import quote, unquote, urlsplit
 import httptools
 
 from balancer import trust
+from worker_agent.keep_alive import keep_alive
 
 MAX_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 128
@@ -272,7 +272,8 @@ class Exchange(asyncio.Protocol):
         self._pool.open += 1
         self._opened_at = asyncio.get_running_loop().time()
         self.fingerprint = _fingerprint(transport.get_extra_info("ssl_object"))
-        _find_out_when_it_is_cut(transport.get_extra_info("socket"))
+        if (sock := transport.get_extra_info("socket")) is not None:
+            keep_alive(sock, *_KEEP_ALIVE_SECONDS)
 
     def data_received(self, data: bytes) -> None:
         parser = self._parser
@@ -733,19 +734,6 @@ def _request(address: Address, method: str, path: str, headers: Mapping[str, str
 def _fingerprint(tls: ssl.SSLObject | None) -> str:
     certificate = None if tls is None else tls.getpeercert(binary_form=True)
     return "" if certificate is None else sha256(certificate).hexdigest()
-
-
-def _find_out_when_it_is_cut(sock: socket.socket | None) -> None:
-    if sock is None:
-        return
-    first, between, times = _KEEP_ALIVE_SECONDS
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    if sys.platform == "darwin":
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPALIVE, first)
-    else:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, first)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, between)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, times)
 
 
 def _name(error: BaseException) -> str:

@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "balancer.continuation": {"balancer.core", "balancer.dialects"},
     # The shell performs.
     "balancer.trust": {"worker_agent.plain_files"},
-    "balancer.upstream": {"balancer.trust"},
+    "balancer.upstream": {"balancer.trust", "worker_agent.keep_alive"},
     "balancer.leases": {"balancer.core"},
     "balancer.patience": set(),
     "balancer.prefills": {"balancer.core", "balancer.dialects", "worker_agent.continuation"},
@@ -95,7 +95,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "worker_agent.wire",
     },
     # How machines find and reach each other where it is not plain.
-    "balancer.announce": {"worker_agent.advertise", "worker_agent.sources", "worker_agent.wire"},
+    "balancer.announce": {"balancer.addresses", "worker_agent.advertise", "worker_agent.wire"},
     "balancer.names": {"balancer.core", "balancer.discovery"},
     "balancer.tunnels": {
         "balancer.core",
@@ -133,7 +133,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "worker_agent.wire",
     },
     "balancer.cluster_cli": {"balancer.admin_cli"},
-    "balancer.addresses": set(),
+    "balancer.addresses": {"worker_agent.sources"},
     "balancer.fleet_models": {
         "balancer.core",
         "balancer.meeting",
@@ -296,6 +296,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "worker_agent.certificate": {"worker_agent.private_files"},
     "worker_agent.cluster_key": {"worker_agent.handshake", "worker_agent.private_files"},
     "worker_agent.hosts": set(),
+    "worker_agent.keep_alive": set(),
     "worker_agent.memory": set(),
     "worker_agent.residency": {"worker_agent.memory"},
     "worker_agent.models.local": set(),
@@ -465,6 +466,7 @@ def test_the_agents_contract_is_all_that_the_balancer_knows_of_it():
         "worker_agent.continuation",
         "worker_agent.forgiving_json",
         "worker_agent.handshake",
+        "worker_agent.keep_alive",
         "worker_agent.log_format",
         "worker_agent.plain_files",
         "worker_agent.private_files",

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import sys
 from typing import cast
+
+from worker_agent.keep_alive import keep_alive
 
 KEEP_ALIVE_SECONDS = 20, 5, 3
 """TCP's: silence before the first question, between two, and how many. Below what routers remember an idle
@@ -22,14 +23,7 @@ _LOOPBACK_SECONDS = 1.0
 def keep_open(sock: socket.socket) -> None:
     """Small packets go out while nothing is said: routers on the way do not forget the connection, and both
     ends find out when it is cut."""
-    first, between, times = KEEP_ALIVE_SECONDS
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    if sys.platform == "darwin":
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPALIVE, first)
-    else:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, first)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, between)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, times)
+    keep_alive(sock, *KEEP_ALIVE_SECONDS)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
